@@ -1,0 +1,458 @@
+"""MNIST as NumPy batches for JAX: dataset, collate, sampler, loader.
+
+torch.utils.data does the loading, and what comes out is NumPy, never a torch tensor.
+Nothing here knows about models or training. The last part is what a script needs
+around its `main`: options, and errors that read as one line.
+"""
+
+import argparse
+import dataclasses
+import errno
+import inspect
+import math
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+
+MNIST_FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+MNIST_NAME, DRAWN_NAME = "MNIST", "drawn digits, not MNIST"
+DATA_DIR = Path(__file__).resolve().parent / "data"
+PATIENCE = 10  # seconds that a mirror gets to send the next MIN_BYTES
+MIN_BYTES = 50_000
+# What the operating system reports about a disk, as opposed to a network.
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS}
+
+
+class UserError(Exception):
+    """A fault in the data or in training; `run` shows it as one line and exits with 1."""
+
+
+class OptionError(Exception):
+    """An option's value that does not suit the data; `run` exits with 2."""
+
+
+class FlattenAndCast:
+    """Transform: an image of 28 x 28 bytes to a float32 vector (784,) in [0, 1].
+
+    Takes a PIL image or whatever NumPy takes for an array. Axes in front are kept, so
+    that a batch of images, uint8 (B, 28, 28), becomes (B, 784) in one call.
+    """
+
+    def __call__(self, image: Any) -> np.ndarray:
+        pixels = np.asarray(image)
+        return pixels.reshape(*pixels.shape[:-2], -1) / np.float32(255)
+
+
+class Batch(tuple):
+    """The fields of a batch that is stacked already; `numpy_collate` hands them on."""
+
+
+class ArrayDataset(Dataset):
+    """Images in memory, from which a whole batch is cut by one indexing.
+
+    Args:
+        images: (N, ...), for example uint8 (N, 28, 28).
+        labels: (N,).
+        transform: called with one image, or with a batch of them.
+    """
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        transform: Callable[[np.ndarray], np.ndarray],
+    ):
+        self.images, self.labels, self.transform = images, labels, transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int | list[int]) -> tuple[np.ndarray, np.ndarray]:
+        return self.transform(self.images[index]), self.labels[index]
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        """What DataLoader calls, where it exists, in place of B times __getitem__."""
+        return Batch(self[indices])
+
+
+def numpy_collate(batch: Sequence[Any], field: str = "sample") -> Any:
+    """Stack samples to NumPy arrays, keeping tuples, lists and dicts around them.
+
+    B samples (image (784,), label ()) become (images (B, 784), labels (B,)).
+
+    Raises:
+        ValueError: samples differ in structure or shape, or NumPy cannot stack them;
+            the message names the field, sample[0] for the images.
+    """
+    if isinstance(batch, Batch):
+        return tuple(batch)
+    first = batch[0]
+    if isinstance(first, Mapping):
+        if any(sample.keys() != first.keys() for sample in batch):
+            raise ValueError(f"{field}: the dicts of one batch have different keys")
+        return {
+            key: numpy_collate([sample[key] for sample in batch], f"{field}[{key!r}]")
+            for key in first
+        }
+    if isinstance(first, (tuple, list)):
+        lengths = sorted({len(sample) for sample in batch})
+        if len(lengths) > 1:
+            raise ValueError(f"{field}: one batch has samples of {lengths} fields")
+        columns = [
+            numpy_collate(column, f"{field}[{i}]")
+            for i, column in enumerate(zip(*batch))
+        ]
+        named = hasattr(first, "_fields")  # a namedtuple takes its fields one by one
+        return type(first)(*columns) if named else type(first)(columns)
+    arrays = [np.asarray(sample) for sample in batch]
+    if any(array.dtype == object for array in arrays):
+        raise ValueError(f"{field}: NumPy cannot stack {type(first).__name__} objects")
+    shapes = sorted({array.shape for array in arrays})
+    if len(shapes) > 1:
+        raise ValueError(f"{field}: one batch has arrays of different shapes, {shapes}")
+    return np.stack(arrays)
+
+
+class JAXRandomSampler(Sampler[int]):
+    """A fresh permutation of range(len(data_source)) each epoch, decided by the key.
+
+    The order follows from `rng_key` and the number of the epoch alone, whatever was
+    drawn before. Epochs count up by themselves; `set_epoch` goes to a given one.
+
+    NumPy draws the permutation, seeded with the bits of the key: `jax.random` would
+    sort 60,000 numbers for it, which takes many times longer on a CPU and would make
+    the loader wait behind training on a GPU.
+    """
+
+    def __init__(self, data_source: Sized, rng_key: jax.Array):
+        self.data_source = data_source
+        self.key_data = np.asarray(jax.random.key_data(rng_key)).tolist()
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.data_source)
+
+    def __iter__(self) -> Iterator[int]:
+        rng = np.random.default_rng([*self.key_data, self.epoch])
+        self.epoch += 1
+        return iter(rng.permutation(len(self)).tolist())
+
+
+class NumpyLoader(DataLoader):
+    """A torch DataLoader that yields NumPy batches, from any map-style dataset.
+
+    Args:
+        dataset: anything with __len__ and __getitem__.
+        rng_key: decides the order where `shuffle` is true.
+        batch_size: examples in a batch; the last one is smaller where the division
+            leaves a rest, or absent with `drop_last=True`.
+        shuffle: a new order each epoch; without it, the order of the dataset.
+        **kwargs: for DataLoader. Workers (`num_workers=2`) are spawned, because a
+            fork of a process in which JAX runs can deadlock: guard the program with
+            `if __name__ == "__main__"`.
+
+    Raises:
+        ValueError: `shuffle` without `rng_key`.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        rng_key: jax.Array | None = None,
+        batch_size: int = 1,
+        shuffle: bool = False,
+        **kwargs: Any,
+    ):
+        if shuffle:
+            if rng_key is None:
+                raise ValueError(
+                    "shuffle=True needs an rng_key, as in jax.random.key(0)"
+                )
+            kwargs["sampler"] = JAXRandomSampler(dataset, rng_key)
+        if kwargs.get("num_workers"):
+            kwargs.setdefault("multiprocessing_context", "spawn")
+            kwargs.setdefault("persistent_workers", True)  # spawning takes seconds
+        kwargs.setdefault("collate_fn", numpy_collate)
+        super().__init__(dataset, batch_size=batch_size, **kwargs)
+
+
+def load_mnist(data_dir: str | Path = DATA_DIR) -> tuple[Dataset, Dataset, str]:
+    """Return the training set, the test set, and what they are called in the log.
+
+    MNIST is read from `data_dir`/MNIST/raw, torchvision's layout; files that are not
+    there are downloaded. Where that is impossible and none is there, the sets are
+    10,000 and 2,000 drawn digits, which a message on stderr says, with the reason.
+    An example is an image, float32 (784,) in [0, 1], and a label, int32.
+
+    Raises:
+        UserError: a file is damaged or missing, or the directory cannot be used.
+    """
+    raw = Path(data_dir) / "MNIST" / "raw"
+    try:
+        reason = download_mnist(raw)
+        missing = [name for name in MNIST_FILES if not (raw / name).exists()]
+        if not missing:
+            return read_mnist(raw, "train"), read_mnist(raw, "t10k"), MNIST_NAME
+    except OSError as error:
+        raise UserError(
+            f"cannot use the data directory {data_dir}: {error.strerror} "
+            f"({error.filename or raw}); name another one with --data-dir"
+        ) from error
+    if len(missing) < len(MNIST_FILES):
+        raise UserError(
+            f"{raw} lacks {', '.join(missing)}, and the download failed ({reason}); "
+            "add what is missing or name another directory with --data-dir"
+        )
+    print(
+        f"warning: no MNIST in {data_dir}, and the download failed ({reason})\n"
+        "warning: training on digits drawn from a font instead; "
+        "no accuracy below is an MNIST result",
+        file=sys.stderr,
+    )
+    return draw_digits(10_000, seed=0), draw_digits(2_000, seed=1), DRAWN_NAME
+
+
+def download_mnist(raw: Path) -> str:
+    """Download the files that `raw` lacks; return why that failed, or "".
+
+    A file appears in `raw` whole and verified or not at all: torchvision downloads,
+    checks and unpacks it in a scratch directory, from which it is moved.
+
+    Raises:
+        OSError: the disk, not the network, is at fault.
+    """
+    if all((raw / name).exists() for name in MNIST_FILES):
+        return ""
+    # Importing torchvision takes more than a second, and only this needs it.
+    from torchvision.datasets import MNIST
+
+    raw.mkdir(parents=True, exist_ok=True)
+    failures = []
+    for mirror in MNIST.mirrors:
+        try:
+            for archive, md5 in MNIST.resources:
+                if not (raw / archive.removesuffix(".gz")).exists():
+                    download_file(mirror + archive, md5, raw)
+            return ""
+        except OSError as error:
+            if error.errno in DISK_ERRORS:
+                raise
+            failures.append(f"{mirror}: {error}")
+    return "; ".join(failures)
+
+
+def download_file(url: str, md5: str, raw: Path) -> None:
+    """Put the unpacked file behind `url` into `raw`.
+
+    torchvision sets no timeout, and a socket's own would start anew with each byte. So
+    it works in a thread, which is left behind once too little arrives.
+
+    Raises:
+        ConnectionError: the mirror does not answer, or not with this file.
+        OSError: the disk is at fault.
+    """
+    from torchvision.datasets.utils import download_and_extract_archive
+
+    name = url.rpartition("/")[2].removesuffix(".gz")
+    errors = []
+
+    def work(directory: str) -> None:
+        try:
+            download_and_extract_archive(url, directory, md5=md5)
+        except Exception as error:  # noqa: BLE001 - raised again below
+            errors.append(error)
+
+    with tempfile.TemporaryDirectory(
+        dir=raw, prefix="download-", ignore_cleanup_errors=True
+    ) as scratch:
+        thread = threading.Thread(target=work, args=(scratch,), daemon=True)
+        thread.start()
+        size = 0
+        while thread.is_alive():
+            thread.join(PATIENCE)
+            previous, size = (
+                size,
+                sum(f.stat().st_size for f in Path(scratch).iterdir()),
+            )
+            if thread.is_alive() and size - previous < MIN_BYTES:
+                raise ConnectionError(f"next to nothing arrived in {PATIENCE} seconds")
+        if errors and getattr(errors[0], "errno", None) in DISK_ERRORS:
+            raise errors[0]
+        if errors:
+            raise ConnectionError(str(errors[0])) from errors[0]
+        os.replace(Path(scratch) / name, raw / name)
+
+
+def read_mnist(raw: Path, split: str) -> ArrayDataset:
+    """Read and check one split, "train" or "t10k"; UserError names a damaged file."""
+    image_file, label_file = (raw / f for f in MNIST_FILES if f.startswith(split))
+    images, labels = read_idx(image_file, ndim=3), read_idx(label_file, ndim=1)
+    if images.shape[1:] != (28, 28):
+        damaged(image_file, "holds images of {} x {} pixels".format(*images.shape[1:]))
+    if len(images) == 0:
+        damaged(image_file, "holds no images")
+    if len(images) != len(labels):
+        damaged(
+            label_file,
+            f"holds {len(labels)} labels for the {len(images)} images in {image_file.name}",
+        )
+    if labels.max() > 9:
+        damaged(label_file, f"holds the label {labels.max()}, and 9 is the highest")
+    return ArrayDataset(images, labels.astype(np.int32), FlattenAndCast())
+
+
+def read_idx(path: Path, ndim: int) -> np.ndarray:
+    """Read an IDX file of bytes, which says its shape in its header: uint8, `ndim` axes.
+
+    Format: the end of https://yann.lecun.org/exdb/mnist/.
+    """
+    content = path.read_bytes()
+    header_size = 4 * (1 + ndim)
+    if len(content) < header_size:
+        damaged(path, f"holds {len(content)} bytes, less than a header")
+    magic, *shape = np.frombuffer(content, ">u4", 1 + ndim).tolist()
+    if magic != 0x0800 + ndim:
+        damaged(path, f"begins with the number {magic}, not with {0x0800 + ndim}")
+    expected = header_size + math.prod(shape)
+    if len(content) != expected:
+        damaged(path, f"holds {len(content)} bytes, and its header says {expected}")
+    return np.frombuffer(content, np.uint8, offset=header_size).reshape(shape)
+
+
+def damaged(path: Path, fault: str) -> NoReturn:
+    raise UserError(f"{path} {fault}; delete it and run again to download it anew")
+
+
+def draw_digits(count: int, seed: int) -> ArrayDataset:
+    """Draw `count` digits from Pillow's own font, shifted, scaled and rotated.
+
+    28 x 28 bytes, white on black like MNIST's, but much easier: not a benchmark, only
+    something to learn where MNIST cannot be had. The same `seed`, the same digits.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default(size=28)
+    glyphs = []
+    for digit in "0123456789":
+        glyphs.append(Image.new("L", (56, 56)))
+        ImageDraw.Draw(glyphs[-1]).text((28, 28), digit, 255, font, anchor="mm")
+
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(10, size=count, dtype=np.int32)
+    scales, angles = rng.uniform(0.7, 1.1, count), rng.uniform(-0.4, 0.4, count)
+    shifts = rng.uniform(-4, 4, (count, 2))
+    images = np.empty((count, 28, 28), np.uint8)
+    for i in range(count):
+        # Image.transform wants the way back: from a pixel here to one of the glyph.
+        cos, sin = np.cos(angles[i]) / scales[i], np.sin(angles[i]) / scales[i]
+        dx, dy = 14 + shifts[i]
+        matrix = (
+            cos,
+            sin,
+            28 - cos * dx - sin * dy,
+            -sin,
+            cos,
+            28 + sin * dx - cos * dy,
+        )
+        images[i] = glyphs[labels[i]].transform(
+            (28, 28), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR
+        )
+    return ArrayDataset(images, labels, FlattenAndCast())
+
+
+def first_examples(dataset: Dataset, count: int | None, batch_size: int) -> Dataset:
+    """The first `count` examples (None: all), or OptionError if they do not suffice."""
+    if count is not None and count > len(dataset):
+        raise OptionError(
+            f"argument --train-examples: must be at most {len(dataset)}, not {count}"
+        )
+    count = count or len(dataset)
+    if batch_size > count:
+        raise OptionError(
+            f"argument --batch-size: must be at most {count}, the number of training "
+            f"images, not {batch_size}"
+        )
+    return dataset if count == len(dataset) else Subset(dataset, range(count))
+
+
+def whole_number(minimum: int) -> Callable[[str], int]:
+    """An argparse type: a whole number from `minimum` to 2**32 - 1."""
+
+    def parse(text: str) -> int:
+        if text.isdecimal() and minimum <= int(text) < 2**32:
+            return int(text)
+        raise argparse.ArgumentTypeError(
+            f"must be a whole number, at least {minimum}, not {text!r}"
+        )
+
+    return parse
+
+
+def positive_number(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if 0 < number < math.inf:
+        return number
+    raise argparse.ArgumentTypeError(f"must be a finite number above 0, not {text!r}")
+
+
+def option(default: Any, help: str, minimum: int = 1) -> Any:
+    """A dataclass field that `run` makes an option of the command line."""
+    if default is not None:
+        help += f" (default: {default})"
+    metadata = {"help": help, "minimum": minimum}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def run(main: Callable[[Any], object], config_class: type) -> None:
+    """Call `main` with the options of the command line, a `config_class`, and exit.
+
+    Exit status: 0; 1 for a UserError; 2 for a wrong option; 130 for Ctrl-C. No
+    traceback is printed for any of these, nor where stdout is a pipe that is closed.
+    """
+    parser = argparse.ArgumentParser(
+        description=inspect.getmodule(main).__doc__.partition("\n")[0],
+        allow_abbrev=False,
+    )
+    for field in dataclasses.fields(config_class):
+        parse, metavar = {Path: (Path, "DIR"), float: (positive_number, "X")}.get(
+            field.type, (whole_number(field.metadata["minimum"]), "N")
+        )
+        parser.add_argument(
+            "--" + field.name.replace("_", "-"),
+            type=parse,
+            metavar=metavar,
+            default=field.default,
+            help=field.metadata["help"],
+        )
+    config = config_class(**vars(parser.parse_args()))
+    sys.stdout.reconfigure(line_buffering=True)  # lines come as they are printed
+    try:
+        main(config)
+    except OptionError as error:
+        parser.error(str(error))
+    except UserError as error:
+        parser.exit(1, f"{parser.prog}: error: {error}\n")
+    except KeyboardInterrupt as interrupt:
+        parser.exit(130, f"{parser.prog}: interrupted {interrupt}\n")
+    except BrokenPipeError:  # as in `python mlp_flax.py | head -3`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

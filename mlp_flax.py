@@ -1,0 +1,170 @@
+"""Stage 2: an MLP on MNIST with Flax, Optax and a TrainState.
+
+TODO
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax.training.train_state import TrainState
+from torch.utils.data import Dataset
+
+from common import (
+    DATA_DIR,
+    NumpyLoader,
+    UserError,
+    first_examples,
+    load_mnist,
+    option,
+    run,
+)
+
+LAYER_SIZES = (512, 512, 10)
+DECAY = 0.01  # the learning rate at the end, as a share of the one at the start
+EVAL_BATCH_SIZE = 2000  # no gradients to keep, so larger batches than in training
+
+
+@dataclass(frozen=True)
+class Config:
+    """Hyperparameters that are also options of the command line."""
+
+    data_dir: Path = option(DATA_DIR, "where MNIST is or goes")
+    epochs: int = option(5, "passes over the training set")
+    batch_size: int = option(32, "images per update")
+    learning_rate: float = option(1e-3, "Adam's, at the start")
+    seed: int = option(0, "decides parameters and order", minimum=0)
+    max_steps: int | None = option(None, "stop after N updates", minimum=0)
+    train_examples: int | None = option(None, "only the first N training images")
+    eval_every: int | None = option(None, "evaluate every N updates, not every epoch")
+
+
+class MLP(nn.Module):
+    """Dense layers with relu in between, from images to logits.
+
+    `layer_sizes` holds the outputs of each layer; the input's width shows at `init`.
+    """
+
+    layer_sizes: Sequence[int] = LAYER_SIZES
+
+    def setup(self) -> None:
+        he_normal = nn.initializers.he_normal()
+        self.layers = [nn.Dense(n, kernel_init=he_normal) for n in self.layer_sizes]
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """One image (784,) to logits (10,), or a batch (B, 784) to (B, 10)."""
+        for layer in self.layers[:-1]:
+            x = layer(x)
+            x = nn.relu(x)
+        return self.layers[-1](x)
+
+
+def create_train_state(
+    key: jax.Array, learning_rate: float, total_steps: int
+) -> TrainState:
+    """Initial parameters, and Adam with a schedule that spans the run."""
+    model = MLP()
+    variables = jax.jit(model.init)(key, jnp.zeros((1, 784)))
+    schedule = optax.linear_schedule(learning_rate, DECAY * learning_rate, total_steps)
+    return TrainState.create(
+        apply_fn=model.apply, params=variables["params"], tx=optax.adam(schedule)
+    )
+
+
+@partial(jax.jit, donate_argnums=0)
+def train_step(
+    state: TrainState, x: jax.Array, y: jax.Array
+) -> tuple[TrainState, jax.Array]:
+    """One update on images x (B, 784) and classes y (B,): new state, and the loss."""
+
+    def loss_fn(params):
+        logits = state.apply_fn({"params": params}, x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    loss, grads = jax.value_and_grad(loss_fn)(state.params)
+    return state.apply_gradients(grads=grads), loss
+
+
+@jax.jit
+def apply_model(state: TrainState, x: jax.Array) -> jax.Array:
+    """Predicted classes, int32 (B,), of images x (B, 784)."""
+    return state.apply_fn({"params": state.params}, x).argmax(axis=-1)
+
+
+def eval_model(state: TrainState, loader: NumpyLoader) -> float:
+    """Accuracy over a loader: the share of examples predicted correctly."""
+    correct = total = 0
+    for x, y in loader:
+        correct += int((apply_model(state, x) == y).sum())
+        total += len(y)
+    return correct / total
+
+
+def train(
+    config: Config, train_set: Dataset, test_set: Dataset, data_name: str
+) -> TrainState:
+    """Train a new network and print a line for each evaluation; return the last state.
+
+    Raises:
+        UserError: the loss is not finite.
+    """
+    params_key, order_key = jax.random.split(jax.random.key(config.seed))
+    train_loader = NumpyLoader(
+        train_set, order_key, config.batch_size, shuffle=True, drop_last=True
+    )
+    total_steps = config.epochs * len(train_loader)
+    state = create_train_state(params_key, config.learning_rate, total_steps)
+    print(f"parameters: {sum(p.size for p in jax.tree.leaves(state.params)):,}")
+
+    # Evaluation has loaders of its own, in order and over the whole sets.
+    train_eval_loader = NumpyLoader(train_set, batch_size=EVAL_BATCH_SIZE)
+    test_loader = NumpyLoader(test_set, batch_size=EVAL_BATCH_SIZE)
+    eval_every = config.eval_every or len(train_loader)
+    last_step = total_steps
+    if config.max_steps is not None:
+        last_step = min(config.max_steps, total_steps)
+    step = 0
+    try:
+        for epoch in range(1, config.epochs + 1):
+            for x, y in islice(train_loader, last_step - step):
+                state, loss = train_step(state, x, y)
+                step += 1
+                if step % eval_every == 0 or step == last_step:
+                    if not jnp.isfinite(loss):
+                        raise UserError(
+                            f"the loss is {loss} at step {step}; "
+                            f"try a --learning-rate below {config.learning_rate}"
+                        )
+                    print(
+                        f"epoch {epoch}  step {step}  loss {loss:.4f}  "
+                        f"train accuracy {eval_model(state, train_eval_loader):.2%}  "
+                        f"test accuracy {eval_model(state, test_loader):.2%}  "
+                        f"({data_name})"
+                    )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"after {step} of {last_step} updates") from None
+    return state
+
+
+def main(config: Config) -> float:
+    """Train on MNIST and return the accuracy on the test set."""
+    train_set, test_set, data_name = load_mnist(config.data_dir)
+    train_set = first_examples(train_set, config.train_examples, config.batch_size)
+    print(
+        f"data: {data_name}, {len(train_set):,} training, {len(test_set):,} test images"
+    )
+    print(f"device: {jax.devices()[0].device_kind}")
+    state = train(config, train_set, test_set, data_name)
+    accuracy = eval_model(state, NumpyLoader(test_set, batch_size=EVAL_BATCH_SIZE))
+    print(f"final test accuracy: {accuracy:.2%} ({data_name})")
+    return accuracy
+
+
+if __name__ == "__main__":
+    run(main, Config)

@@ -1,0 +1,197 @@
+"""Stage 3: an MLP on MNIST with Dropout and BatchNorm.
+
+TODO
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax.training.train_state import TrainState
+from torch.utils.data import Dataset
+
+from common import (
+    DATA_DIR,
+    NumpyLoader,
+    UserError,
+    first_examples,
+    load_mnist,
+    option,
+    run,
+)
+
+LAYER_SIZES = (512, 512, 10)
+DROPOUT_RATES = (0.3, 0.4)  # the share of units dropped after each hidden layer
+DECAY = 0.01  # the learning rate at the end, as a share of the one at the start
+EVAL_BATCH_SIZE = 2000  # no gradients to keep, so larger batches than in training
+
+
+@dataclass(frozen=True)
+class Config:
+    """Hyperparameters that are also options of the command line."""
+
+    data_dir: Path = option(DATA_DIR, "where MNIST is or goes")
+    epochs: int = option(5, "passes over the training set")
+    batch_size: int = option(128, "images per update")
+    learning_rate: float = option(1e-3, "Adam's, at the start")
+    seed: int = option(0, "decides parameters, order and dropout", minimum=0)
+    max_steps: int | None = option(None, "stop after N updates", minimum=0)
+    train_examples: int | None = option(None, "only the first N training images")
+    eval_every: int | None = option(None, "evaluate every N updates, not every epoch")
+
+
+class MLP(nn.Module):
+    """Dense layers with relu, Dropout and BatchNorm in between, from images to logits.
+
+    `layer_sizes` holds the outputs of each layer; the input's width shows at `init`.
+    """
+
+    layer_sizes: Sequence[int] = LAYER_SIZES
+    dropout_rates: Sequence[float] = DROPOUT_RATES
+
+    def setup(self) -> None:
+        he_normal = nn.initializers.he_normal()
+        self.layers = [nn.Dense(n, kernel_init=he_normal) for n in self.layer_sizes]
+        self.dropouts = [nn.Dropout(rate) for rate in self.dropout_rates]
+        self.norms = [nn.BatchNorm(momentum=0.9) for _ in self.dropout_rates]
+
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """One image (784,) to logits (10,), or a batch (B, 784) to (B, 10)."""
+        for layer, dropout, norm in zip(self.layers, self.dropouts, self.norms):
+            x = layer(x)
+            x = nn.relu(x)
+            x = dropout(x, deterministic=not train)
+            x = norm(x, use_running_average=not train)
+        return self.layers[-1](x)
+
+
+class CustomTrainState(TrainState):
+    """A TrainState that carries the running statistics, which get no gradients."""
+
+    batch_stats: dict
+
+
+def create_train_state(
+    keys: dict[str, jax.Array], learning_rate: float, total_steps: int
+) -> CustomTrainState:
+    """Initial parameters, and Adam with a schedule that spans the run."""
+    model = MLP()
+    init = jax.jit(model.init, static_argnames="train")
+    variables = init(keys, jnp.zeros((1, 784)), train=True)
+    schedule = optax.linear_schedule(learning_rate, DECAY * learning_rate, total_steps)
+    return CustomTrainState.create(
+        apply_fn=model.apply,
+        params=variables["params"],
+        batch_stats=variables["batch_stats"],
+        tx=optax.adam(schedule),
+    )
+
+
+@partial(jax.jit, donate_argnums=0)
+def train_step(
+    state: CustomTrainState, x: jax.Array, y: jax.Array, dropout_key: jax.Array
+) -> tuple[CustomTrainState, jax.Array]:
+    """One update on images x (B, 784) and classes y (B,): new state, and the loss."""
+    step_key = jax.random.fold_in(dropout_key, state.step)  # other units at each step
+
+    def loss_fn(params):
+        logits, updates = state.apply_fn(
+            {"params": params, "batch_stats": state.batch_stats},
+            x,
+            train=True,
+            rngs={"dropout": step_key},
+            mutable=["batch_stats"],
+        )
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+        return loss, updates["batch_stats"]
+
+    (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    return state.apply_gradients(grads=grads, batch_stats=batch_stats), loss
+
+
+@jax.jit
+def apply_model(state: CustomTrainState, x: jax.Array) -> jax.Array:
+    """Predicted classes, int32 (B,), of images x (B, 784)."""
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    return state.apply_fn(variables, x, train=False).argmax(axis=-1)
+
+
+def eval_model(state: CustomTrainState, loader: NumpyLoader) -> float:
+    """Accuracy over a loader: the share of examples predicted correctly."""
+    correct = total = 0
+    for x, y in loader:
+        correct += int((apply_model(state, x) == y).sum())
+        total += len(y)
+    return correct / total
+
+
+def train(
+    config: Config, train_set: Dataset, test_set: Dataset, data_name: str
+) -> CustomTrainState:
+    """Train a new network and print a line for each evaluation; return the last state.
+
+    Raises:
+        UserError: the loss is not finite.
+    """
+    root_key = jax.random.key(config.seed)
+    params_key, order_key, dropout_key = jax.random.split(root_key, 3)
+    train_loader = NumpyLoader(
+        train_set, order_key, config.batch_size, shuffle=True, drop_last=True
+    )
+    total_steps = config.epochs * len(train_loader)
+    keys = {"params": params_key, "dropout": dropout_key}
+    state = create_train_state(keys, config.learning_rate, total_steps)
+    print(f"parameters: {sum(p.size for p in jax.tree.leaves(state.params)):,}")
+
+    # Evaluation has loaders of its own, in order and over the whole sets.
+    train_eval_loader = NumpyLoader(train_set, batch_size=EVAL_BATCH_SIZE)
+    test_loader = NumpyLoader(test_set, batch_size=EVAL_BATCH_SIZE)
+    eval_every = config.eval_every or len(train_loader)
+    last_step = total_steps
+    if config.max_steps is not None:
+        last_step = min(config.max_steps, total_steps)
+    step = 0
+    try:
+        for epoch in range(1, config.epochs + 1):
+            for x, y in islice(train_loader, last_step - step):
+                state, loss = train_step(state, x, y, dropout_key)
+                step += 1
+                if step % eval_every == 0 or step == last_step:
+                    if not jnp.isfinite(loss):
+                        raise UserError(
+                            f"the loss is {loss} at step {step}; "
+                            f"try a --learning-rate below {config.learning_rate}"
+                        )
+                    print(
+                        f"epoch {epoch}  step {step}  loss {loss:.4f}  "
+                        f"train accuracy {eval_model(state, train_eval_loader):.2%}  "
+                        f"test accuracy {eval_model(state, test_loader):.2%}  "
+                        f"({data_name})"
+                    )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"after {step} of {last_step} updates") from None
+    return state
+
+
+def main(config: Config) -> float:
+    """Train on MNIST and return the accuracy on the test set."""
+    train_set, test_set, data_name = load_mnist(config.data_dir)
+    train_set = first_examples(train_set, config.train_examples, config.batch_size)
+    print(
+        f"data: {data_name}, {len(train_set):,} training, {len(test_set):,} test images"
+    )
+    print(f"device: {jax.devices()[0].device_kind}")
+    state = train(config, train_set, test_set, data_name)
+    accuracy = eval_model(state, NumpyLoader(test_set, batch_size=EVAL_BATCH_SIZE))
+    print(f"final test accuracy: {accuracy:.2%} ({data_name})")
+    return accuracy
+
+
+if __name__ == "__main__":
+    run(main, Config)

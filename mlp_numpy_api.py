@@ -1,0 +1,185 @@
+"""Stage 1: an MLP on MNIST with nothing but jax.numpy, grad, jit, vmap and pytrees.
+
+TODO
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax import grad, jit, vmap
+from jax.scipy.special import logsumexp
+from torch.utils.data import Dataset
+
+from common import (
+    DATA_DIR,
+    NumpyLoader,
+    UserError,
+    first_examples,
+    load_mnist,
+    option,
+    run,
+)
+
+LAYER_SIZES = (784, 512, 512, 10)
+DECAY = 0.01  # the learning rate at the end, as a share of the one at the start
+EVAL_BATCH_SIZE = 2000  # no gradients to keep, so larger batches than in training
+
+Params = list[tuple[jax.Array, jax.Array]]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Hyperparameters that are also options of the command line."""
+
+    data_dir: Path = option(DATA_DIR, "where MNIST is or goes")
+    epochs: int = option(5, "passes over the training set")
+    batch_size: int = option(32, "images per update")
+    learning_rate: float = option(0.1, "SGD's, at the start")
+    seed: int = option(0, "decides parameters and order", minimum=0)
+    max_steps: int | None = option(None, "stop after N updates", minimum=0)
+    train_examples: int | None = option(None, "only the first N training images")
+    eval_every: int | None = option(None, "evaluate every N updates, not every epoch")
+
+
+def random_layer_params(m: int, n: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """One layer from m inputs to n outputs: He-normal w (n, m), zero b (n,).
+
+    He et al., "Delving Deep into Rectifiers", 2015: with variance 2 / m the activations
+    neither grow nor shrink from one relu layer to the next.
+    """
+    return jnp.sqrt(2 / m) * jax.random.normal(key, (n, m)), jnp.zeros(n)
+
+
+def init_network_params(sizes: Sequence[int], key: jax.Array) -> Params:
+    """A list of layers, each a tuple (w, b); no classes, and already a pytree."""
+    # A key is used once: the same key again would give the same numbers again.
+    keys = jax.random.split(key, len(sizes) - 1)
+    return [random_layer_params(*layer) for layer in zip(sizes[:-1], sizes[1:], keys)]
+
+
+def relu(x: jax.Array) -> jax.Array:
+    return jnp.maximum(x, 0)
+
+
+def model_forward(params: Params, x: jax.Array) -> jax.Array:
+    """Logits (10,) of ONE image (784,); a batch here is a shape error."""
+    *hidden, last = params
+    for w, b, *_ in hidden:
+        x = relu(w @ x + b)
+    w, b, *_ = last
+    return w @ x + b
+
+
+# The same parameters for every image: (B, 784) to (B, 10).
+batched_forward = vmap(model_forward, in_axes=(None, 0))
+
+
+def one_hot(x: jax.Array, k: int = 10) -> jax.Array:
+    """Classes, integers (B,), to float32 (B, k)."""
+    return (x[:, None] == jnp.arange(k)).astype(jnp.float32)
+
+
+@jit
+def loss(params: Params, images: jax.Array, targets: jax.Array) -> jax.Array:
+    """Mean cross-entropy of images (B, 784) with targets (B, 10) that sum to one each."""
+    logits = batched_forward(params, images)
+    # Per example: without axis and keepdims it would be one sum over the whole batch.
+    log_probs = logits - logsumexp(logits, axis=-1, keepdims=True)
+    return -(targets * log_probs).sum(axis=-1).mean()
+
+
+@jit
+def sgd_update(params: Params, x: jax.Array, y: jax.Array, lr: float) -> Params:
+    """One step of gradient descent on images x (B, 784) and classes y (B,)."""
+    grads = grad(loss)(params, x, one_hot(y))
+    return jax.tree.map(lambda p, g: p - lr * g, params, grads)
+
+
+def learning_rate_at(step: int, start: float, total_steps: int) -> float:
+    """The same factor at each step, from `start` down to DECAY * start."""
+    return start * DECAY ** min(step / total_steps, 1)
+
+
+@jit
+def predict(params: Params, x: jax.Array) -> jax.Array:
+    """Predicted classes, int32 (B,), of images x (B, 784)."""
+    return batched_forward(params, x).argmax(axis=-1)
+
+
+def accuracy(params: Params, loader: NumpyLoader) -> float:
+    """Accuracy over a loader: the share of examples predicted correctly."""
+    correct = total = 0
+    for x, y in loader:
+        correct += int((predict(params, x) == y).sum())
+        total += len(y)
+    return correct / total
+
+
+def train(
+    config: Config, train_set: Dataset, test_set: Dataset, data_name: str
+) -> Params:
+    """Train a new network and print a line for each evaluation; return its parameters.
+
+    Raises:
+        UserError: the loss is not finite.
+    """
+    params_key, order_key = jax.random.split(jax.random.key(config.seed))
+    train_loader = NumpyLoader(
+        train_set, order_key, config.batch_size, shuffle=True, drop_last=True
+    )
+    total_steps = config.epochs * len(train_loader)
+    params = init_network_params(LAYER_SIZES, params_key)
+    print(f"parameters: {sum(p.size for p in jax.tree.leaves(params)):,}")
+
+    # Evaluation has loaders of its own, in order and over the whole sets.
+    train_eval_loader = NumpyLoader(train_set, batch_size=EVAL_BATCH_SIZE)
+    test_loader = NumpyLoader(test_set, batch_size=EVAL_BATCH_SIZE)
+    eval_every = config.eval_every or len(train_loader)
+    last_step = total_steps
+    if config.max_steps is not None:
+        last_step = min(config.max_steps, total_steps)
+    step = 0
+    try:
+        for epoch in range(1, config.epochs + 1):
+            for x, y in islice(train_loader, last_step - step):
+                lr = learning_rate_at(step, config.learning_rate, total_steps)
+                params = sgd_update(params, x, y, lr)
+                step += 1
+                if step % eval_every == 0 or step == last_step:
+                    batch_loss = loss(params, x, one_hot(y))
+                    if not jnp.isfinite(batch_loss):
+                        raise UserError(
+                            f"the loss is {batch_loss} at step {step}; "
+                            f"try a --learning-rate below {config.learning_rate}"
+                        )
+                    print(
+                        f"epoch {epoch}  step {step}  loss {batch_loss:.4f}  "
+                        f"train accuracy {accuracy(params, train_eval_loader):.2%}  "
+                        f"test accuracy {accuracy(params, test_loader):.2%}  "
+                        f"({data_name})"
+                    )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"after {step} of {last_step} updates") from None
+    return params
+
+
+def main(config: Config) -> float:
+    """Train on MNIST and return the accuracy on the test set."""
+    train_set, test_set, data_name = load_mnist(config.data_dir)
+    train_set = first_examples(train_set, config.train_examples, config.batch_size)
+    print(
+        f"data: {data_name}, {len(train_set):,} training, {len(test_set):,} test images"
+    )
+    print(f"device: {jax.devices()[0].device_kind}")
+    params = train(config, train_set, test_set, data_name)
+    test_accuracy = accuracy(params, NumpyLoader(test_set, batch_size=EVAL_BATCH_SIZE))
+    print(f"final test accuracy: {test_accuracy:.2%} ({data_name})")
+    return test_accuracy
+
+
+if __name__ == "__main__":
+    run(main, Config)
