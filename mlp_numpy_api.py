@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,6 @@ from common import (
     UserError,
     first_examples,
     load_mnist,
-    option,
     run,
 )
 
@@ -35,14 +35,16 @@ Params = list[tuple[jax.Array, jax.Array]]
 class Config:
     """Hyperparameters that are also options of the command line."""
 
-    data_dir: Path = option(DATA_DIR, "where MNIST is or goes")
-    epochs: int = option(5, "passes over the training set")
-    batch_size: int = option(32, "images per update")
-    learning_rate: float = option(0.1, "SGD's, at the start")
-    seed: int = option(0, "decides parameters and order", minimum=0)
-    max_steps: int | None = option(None, "stop after N updates", minimum=0)
-    train_examples: int | None = option(None, "only the first N training images")
-    eval_every: int | None = option(None, "evaluate every N updates, not every epoch")
+    data_dir: Annotated[Path, "where MNIST is or goes"] = DATA_DIR
+    epochs: Annotated[int, "passes over the training set"] = 5
+    batch_size: Annotated[int, "images per update"] = 32
+    learning_rate: Annotated[float, "SGD's, at the start"] = 0.1
+    seed: Annotated[int, "decides parameters and order", range(2**32)] = 0
+    max_steps: Annotated[int | None, "stop after N updates", range(2**32)] = None
+    train_examples: Annotated[int | None, "only the first N training images"] = None
+    eval_every: Annotated[int | None, "evaluate every N updates, not every epoch"] = (
+        None
+    )
 
 
 def random_layer_params(m: int, n: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:
