@@ -186,7 +186,7 @@ def main(config: Config) -> float:
     train_set, test_set, data_name = load_mnist(config.data_dir)
     train_set = first_examples(train_set, config.train_examples, config.batch_size)
     print(
-        f"data: {data_name}, {len(train_set):,} training, {len(test_set):,} test images"
+        f"data: {data_name}, {len(train_set):,} training and {len(test_set):,} test images"
     )
     print(f"device: {jax.devices()[0].device_kind}")
     state = train(config, train_set, test_set, data_name)

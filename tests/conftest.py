@@ -1,0 +1,31 @@
+import os
+from pathlib import Path
+
+import pytest
+from helpers import SCRIPTS, load, write_mnist
+
+import common
+
+
+@pytest.fixture(scope="session")
+def small_mnist(tmp_path_factory):
+    """A data directory with MNIST files of 640 training and 300 test digits."""
+    data_dir = tmp_path_factory.mktemp("small_mnist")
+    write_mnist(
+        data_dir, common.draw_digits(640, seed=2), common.draw_digits(300, seed=3)
+    )
+    return data_dir
+
+
+@pytest.fixture(scope="session")
+def real_mnist():
+    """The directory that MNIST_DIR names, or a skipped test."""
+    if "MNIST_DIR" not in os.environ:
+        pytest.skip("MNIST_DIR does not name a directory with MNIST")
+    return Path(os.environ["MNIST_DIR"])
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request):
+    """Each of the three scripts, as a module."""
+    return load(request.param)

@@ -1,0 +1,42 @@
+"""On the real MNIST, where MNIST_DIR names it: the accuracies that README.md states."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT
+
+# Test accuracy in percent that the article logged, or that its listing gives when it
+# is run today, whichever is higher: the figures to beat, by number of updates.
+ARTICLE = {
+    "mlp_numpy_api": {
+        **dict(zip(range(100, 600, 100), (83.6, 89.4, 90.5, 91.7, 92.0))),
+        **dict(zip(range(600, 1100, 100), (92.5, 93.0, 93.3, 93.3, 93.6))),
+        5625: 95.1,
+    },
+    "mlp_flax": {100: 88.1, 1000: 92.0, 9375: 93.9},
+    "mlp_flax_bn_dropout": {
+        **{1: 31.1, 100: 93.9, 200: 95.2, 300: 95.3, 400: 95.4},
+        **{468: 95.4, 568: 95.5, 2340: 95.9},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("script", "at_least"),
+    [("mlp_numpy_api", 98.0), ("mlp_flax", 98.4), ("mlp_flax_bn_dropout", 98.2)],
+)
+def test_accuracy_of_a_default_run(script, at_least, real_mnist):
+    command = [sys.executable, ROOT / f"{script}.py", "--data-dir", real_mnist]
+    run = subprocess.run(
+        [*command, "--eval-every", "100"], capture_output=True, text=True, check=True
+    )
+    last = run.stdout.splitlines()[-1]
+    match = re.fullmatch(r"final test accuracy: (\d+\.\d\d)% \(MNIST\)", last)
+    assert float(match[1]) >= at_least
+    line = re.compile(r"step +(\d+) .* test accuracy (\d+\.\d\d)%")
+    logged = {int(s): float(a) for s, a in line.findall(run.stdout)}
+    for step, accuracy in ARTICLE[script].items():
+        if step in logged:
+            assert logged[step] > accuracy, f"step {step}"
