@@ -1,6 +1,12 @@
 """Stage 2: an MLP on MNIST with Flax, Optax and a TrainState.
 
-TODO
+What to see here: a model is a description, and its parameters live outside it; Optax
+turns gradients into updates; a TrainState holds what changes, all that a checkpoint
+needs, and a jitted step takes the old state and returns the new one.
+
+    python mlp_flax.py                  --help shows the options
+
+reaches ACC% test accuracy in 5 epochs (mean of seeds 0, 1, 2).
 """
 
 from collections.abc import Sequence
@@ -27,7 +33,8 @@ from common import (
 )
 
 LAYER_SIZES = (512, 512, 10)
-DECAY = 0.01  # the learning rate at the end, as a share of the one at the start
+DECAY = 0.001  # the learning rate at the end, as a share of the one at the start
+ADAM_B2 = 0.99  # a shorter memory than Adam's usual 0.999, for a short run
 EVAL_BATCH_SIZE = 2000  # no gradients to keep, so larger batches than in training
 
 
@@ -67,15 +74,18 @@ class MLP(nn.Module):
         return self.layers[-1](x)
 
 
+@partial(jax.jit, static_argnums=(1, 2))
 def create_train_state(
     key: jax.Array, learning_rate: float, total_steps: int
 ) -> TrainState:
     """Initial parameters, and Adam with a schedule that spans the run."""
-    model = MLP()
-    variables = jax.jit(model.init)(key, jnp.zeros((1, 784)))
+    model = MLP()  # model(x) would fail: parameters come from init, and go into apply
+    variables = model.init(key, jnp.zeros((1, 784)))
     schedule = optax.linear_schedule(learning_rate, DECAY * learning_rate, total_steps)
     return TrainState.create(
-        apply_fn=model.apply, params=variables["params"], tx=optax.adam(schedule)
+        apply_fn=model.apply,
+        params=variables["params"],
+        tx=optax.adam(schedule, b2=ADAM_B2),
     )
 
 
@@ -83,7 +93,10 @@ def create_train_state(
 def train_step(
     state: TrainState, x: jax.Array, y: jax.Array
 ) -> tuple[TrainState, jax.Array]:
-    """One update on images x (B, 784) and classes y (B,): new state, and the loss."""
+    """One update on images x (B, 784) and classes y (B,): new state, and the loss.
+
+    The old state is donated: its memory is used again, so it cannot be read any more.
+    """
 
     def loss_fn(params):
         logits = state.apply_fn({"params": params}, x)

@@ -1,6 +1,12 @@
 """Stage 3: an MLP on MNIST with Dropout and BatchNorm.
 
-TODO
+What to see here: dropout needs a random key, another one at each step; batch statistics
+are neither parameters nor constants, so they come out of the forward pass, travel in the
+train state, and take no part in the optimizer; training and evaluation differ.
+
+    python mlp_flax_bn_dropout.py       --help shows the options
+
+reaches ACC% test accuracy in 5 epochs (mean of seeds 0, 1, 2).
 """
 
 from collections.abc import Sequence
@@ -28,7 +34,8 @@ from common import (
 
 LAYER_SIZES = (512, 512, 10)
 DROPOUT_RATES = (0.3, 0.4)  # the share of units dropped after each hidden layer
-DECAY = 0.01  # the learning rate at the end, as a share of the one at the start
+DECAY = 0.001  # the learning rate at the end, as a share of the one at the start
+ADAM_B2 = 0.99  # a shorter memory than Adam's usual 0.999, for a short run
 EVAL_BATCH_SIZE = 2000  # no gradients to keep, so larger batches than in training
 
 
@@ -39,7 +46,7 @@ class Config:
     data_dir: Annotated[Path, "where MNIST is or goes"] = DATA_DIR
     epochs: Annotated[int, "passes over the training set"] = 5
     batch_size: Annotated[int, "images per update"] = 128
-    learning_rate: Annotated[float, "Adam's, at the start"] = 1e-3
+    learning_rate: Annotated[float, "Adam's, at the start"] = 3e-3
     seed: Annotated[int, "decides parameters, order and dropout", range(2**32)] = 0
     max_steps: Annotated[int | None, "stop after N updates", range(2**32)] = None
     train_examples: Annotated[int | None, "only the first N training images"] = None
@@ -79,19 +86,19 @@ class CustomTrainState(TrainState):
     batch_stats: dict
 
 
+@partial(jax.jit, static_argnums=(1, 2))
 def create_train_state(
     keys: dict[str, jax.Array], learning_rate: float, total_steps: int
 ) -> CustomTrainState:
     """Initial parameters, and Adam with a schedule that spans the run."""
-    model = MLP()
-    init = jax.jit(model.init, static_argnames="train")
-    variables = init(keys, jnp.zeros((1, 784)), train=True)
+    model = MLP()  # model(x) would fail: parameters come from init, and go into apply
+    variables = model.init(keys, jnp.zeros((1, 784)), train=True)
     schedule = optax.linear_schedule(learning_rate, DECAY * learning_rate, total_steps)
     return CustomTrainState.create(
         apply_fn=model.apply,
         params=variables["params"],
         batch_stats=variables["batch_stats"],
-        tx=optax.adam(schedule),
+        tx=optax.adam(schedule, b2=ADAM_B2),
     )
 
 
@@ -99,7 +106,10 @@ def create_train_state(
 def train_step(
     state: CustomTrainState, x: jax.Array, y: jax.Array, dropout_key: jax.Array
 ) -> tuple[CustomTrainState, jax.Array]:
-    """One update on images x (B, 784) and classes y (B,): new state, and the loss."""
+    """One update on images x (B, 784) and classes y (B,): new state, and the loss.
+
+    The old state is donated: its memory is used again, so it cannot be read any more.
+    """
     step_key = jax.random.fold_in(dropout_key, state.step)  # other units at each step
 
     def loss_fn(params):
@@ -108,7 +118,7 @@ def train_step(
             x,
             train=True,
             rngs={"dropout": step_key},
-            mutable=["batch_stats"],
+            mutable=["batch_stats"],  # without this, BatchNorm's update is an error
         )
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
         return loss, updates["batch_stats"]

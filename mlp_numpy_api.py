@@ -1,10 +1,17 @@
-"""Stage 1: an MLP on MNIST with nothing but jax.numpy, grad, jit, vmap and pytrees.
+"""Stage 1: an MLP on MNIST with jax.numpy, grad, jit, vmap and pytrees alone.
 
-TODO
+What to see here: keys are split and never used twice; the forward pass is written for
+one image, and vmap makes the batch; a list of tuples is a pytree, so one tree.map
+updates all parameters, whatever their number.
+
+    python mlp_numpy_api.py             --help shows the options
+
+reaches ACC% test accuracy in 5 epochs (mean of seeds 0, 1, 2).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Annotated
@@ -25,7 +32,7 @@ from common import (
 )
 
 LAYER_SIZES = (784, 512, 512, 10)
-DECAY = 0.01  # the learning rate at the end, as a share of the one at the start
+DECAY = 0.1  # the learning rate at the end, as a share of the one at the start
 EVAL_BATCH_SIZE = 2000  # no gradients to keep, so larger batches than in training
 
 Params = list[tuple[jax.Array, jax.Array]]
@@ -38,7 +45,7 @@ class Config:
     data_dir: Annotated[Path, "where MNIST is or goes"] = DATA_DIR
     epochs: Annotated[int, "passes over the training set"] = 5
     batch_size: Annotated[int, "images per update"] = 32
-    learning_rate: Annotated[float, "SGD's, at the start"] = 0.1
+    learning_rate: Annotated[float, "SGD's, at the start"] = 0.3
     seed: Annotated[int, "decides parameters and order", range(2**32)] = 0
     max_steps: Annotated[int | None, "stop after N updates", range(2**32)] = None
     train_examples: Annotated[int | None, "only the first N training images"] = None
@@ -57,8 +64,8 @@ def random_layer_params(m: int, n: int, key: jax.Array) -> tuple[jax.Array, jax.
 
 
 def init_network_params(sizes: Sequence[int], key: jax.Array) -> Params:
-    """A list of layers, each a tuple (w, b); no classes, and already a pytree."""
-    # A key is used once: the same key again would give the same numbers again.
+    """A list of layers (w, b) for the widths in `sizes`: 784, 512, 512, 10."""
+    # One key for each layer: a key that is used twice gives the same numbers twice.
     keys = jax.random.split(key, len(sizes) - 1)
     return [random_layer_params(*layer) for layer in zip(sizes[:-1], sizes[1:], keys)]
 
@@ -68,15 +75,16 @@ def relu(x: jax.Array) -> jax.Array:
 
 
 def model_forward(params: Params, x: jax.Array) -> jax.Array:
-    """Logits (10,) of ONE image (784,); a batch here is a shape error."""
+    """Logits (10,) of ONE image (784,)."""
     *hidden, last = params
-    for w, b, *_ in hidden:
+    for w, b, *_ in hidden:  # a layer may hold more arrays: sgd_update does not mind
         x = relu(w @ x + b)
     w, b, *_ = last
     return w @ x + b
 
 
-# The same parameters for every image: (B, 784) to (B, 10).
+# model_forward(params, images) would fail: (512, 784) @ (32, 784) is a shape error.
+# vmap adds the batch, (B, 784) to (B, 10), with the same parameters for every image.
 batched_forward = vmap(model_forward, in_axes=(None, 0))
 
 
@@ -87,9 +95,9 @@ def one_hot(x: jax.Array, k: int = 10) -> jax.Array:
 
 @jit
 def loss(params: Params, images: jax.Array, targets: jax.Array) -> jax.Array:
-    """Mean cross-entropy of images (B, 784) with targets (B, 10) that sum to one each."""
+    """Mean cross-entropy of images (B, 784) with one-hot targets (B, 10)."""
     logits = batched_forward(params, images)
-    # Per example: without axis and keepdims it would be one sum over the whole batch.
+    # Without axis and keepdims this would normalise over the whole batch at once.
     log_probs = logits - logsumexp(logits, axis=-1, keepdims=True)
     return -(targets * log_probs).sum(axis=-1).mean()
 
@@ -97,12 +105,15 @@ def loss(params: Params, images: jax.Array, targets: jax.Array) -> jax.Array:
 @jit
 def sgd_update(params: Params, x: jax.Array, y: jax.Array, lr: float) -> Params:
     """One step of gradient descent on images x (B, 784) and classes y (B,)."""
-    grads = grad(loss)(params, x, one_hot(y))
+    grads = grad(loss)(params, x, one_hot(y))  # a tree just like params
     return jax.tree.map(lambda p, g: p - lr * g, params, grads)
 
 
 def learning_rate_at(step: int, start: float, total_steps: int) -> float:
-    """The same factor at each step, from `start` down to DECAY * start."""
+    """`start`, times the same factor at each step, down to a floor of DECAY * start.
+
+    A Python float that jit traces: a new value of it does not compile sgd_update again.
+    """
     return start * DECAY ** min(step / total_steps, 1)
 
 
@@ -134,7 +145,7 @@ def train(
         train_set, order_key, config.batch_size, shuffle=True, drop_last=True
     )
     total_steps = config.epochs * len(train_loader)
-    params = init_network_params(LAYER_SIZES, params_key)
+    params = jit(partial(init_network_params, LAYER_SIZES))(params_key)
     print(f"parameters: {sum(p.size for p in jax.tree.leaves(params)):,}")
 
     # Evaluation has loaders of its own, in order and over the whole sets.

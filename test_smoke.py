@@ -16,21 +16,38 @@ HERE = Path(__file__).parent
 SCRIPTS = ["mlp_numpy_api", "mlp_flax", "mlp_flax_bn_dropout"]
 
 
+@pytest.fixture(scope="module")
+def empty_dir(tmp_path_factory):
+    """A data directory without MNIST, and no way to download it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for proxy in ("http_proxy", "https_proxy"):
+            patch.setenv(proxy, "http://127.0.0.1:9")  # nothing listens there
+        yield tmp_path_factory.mktemp("empty")
+
+
+@pytest.fixture(scope="module")
+def processes(empty_dir):
+    """The scripts, all started at once: `python mlp_flax.py ...` and so on."""
+    options = ["--train-examples", "5000", "--max-steps", "200"]
+    return {
+        script: subprocess.Popen(
+            [sys.executable, HERE / f"{script}.py", "--data-dir", empty_dir, *options],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for script in SCRIPTS
+    }
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_accuracy_rises_above_chance(script, tmp_path, monkeypatch):
-    for proxy in ("http_proxy", "https_proxy"):  # nothing listens there: no download
-        monkeypatch.setenv(proxy, "http://127.0.0.1:9")
-
+def test_accuracy_rises_above_chance(script, empty_dir, processes):
     module = importlib.import_module(script)
-    before = module.main(module.Config(data_dir=tmp_path, max_steps=0))
+    before = module.main(module.Config(data_dir=empty_dir, max_steps=0))
 
-    command = [sys.executable, str(HERE / f"{script}.py"), "--data-dir", str(tmp_path)]
-    command += ["--train-examples", "5000", "--max-steps", "200"]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    last_line = run.stdout.splitlines()[-1]
+    stdout, _ = processes[script].communicate()
+    assert processes[script].returncode == 0
     pattern = r"final test accuracy: (\d+\.\d\d)% \(drawn digits, not MNIST\)"
-    after = float(re.fullmatch(pattern, last_line)[1]) / 100
+    after = float(re.fullmatch(pattern, stdout.splitlines()[-1])[1]) / 100
 
     # Both on 2,000 digits that are never trained on; chance is 10%.
     assert before < 0.2

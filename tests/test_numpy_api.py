@@ -1,5 +1,7 @@
 """Stage 1: the hand-written loss, gradient, forward pass, update and schedule."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -123,7 +125,7 @@ def test_learning_rate_decays_each_step_and_never_recompiles(
     stage.main(config)
     assert len(rates) == 20
     assert rates[0] == config.learning_rate
-    assert all(later < earlier for earlier, later in zip(rates, rates[1:]))
+    assert all(later < earlier for earlier, later in itertools.pairwise(rates))
     end = stage.learning_rate_at(20, config.learning_rate, 20)
     assert np.isclose(end, stage.DECAY * config.learning_rate)
     assert end < rates[-1]
