@@ -11,6 +11,7 @@ import errno
 import inspect
 import math
 import os
+import shutil
 import sys
 import tempfile
 import threading
@@ -249,6 +250,8 @@ def download_mnist(raw: Path) -> str:
             for archive, md5 in MNIST.resources:
                 if not (raw / archive.removesuffix(".gz")).exists():
                     download_file(mirror + archive, md5, raw)
+            for leftover in raw.glob("download-*"):  # of runs that were killed
+                shutil.rmtree(leftover, ignore_errors=True)
             return ""
         except OSError as error:
             if error.errno in DISK_ERRORS:
@@ -283,14 +286,12 @@ def download_file(url: str, md5: str, raw: Path) -> None:
     ) as scratch:
         thread = threading.Thread(target=work, args=(scratch,), daemon=True)
         thread.start()
-        size = 0
+        received = 0
         while thread.is_alive():
             thread.join(PATIENCE)
-            previous, size = (
-                size,
-                sum(f.stat().st_size for f in Path(scratch).iterdir()),
-            )
-            if thread.is_alive() and size - previous < MIN_BYTES:
+            before = received
+            received = sum(file.stat().st_size for file in Path(scratch).iterdir())
+            if thread.is_alive() and received - before < MIN_BYTES:
                 raise ConnectionError(f"next to nothing arrived in {PATIENCE} seconds")
         if errors and getattr(errors[0], "errno", None) in DISK_ERRORS:
             raise errors[0]
@@ -320,7 +321,7 @@ def read_mnist(raw: Path, split: str) -> ArrayDataset:
 def read_idx(path: Path, ndim: int) -> np.ndarray:
     """Read an IDX file of bytes, which says its shape in its header: uint8, `ndim` axes.
 
-    Format: the end of https://yann.lecun.org/exdb/mnist/.
+    The format is described at http://yann.lecun.com/exdb/mnist/.
     """
     content = path.read_bytes()
     header_size = 4 * (1 + ndim)
@@ -398,7 +399,7 @@ def whole_number(allowed: range) -> Callable[[str], int]:
         if text.isdecimal() and int(text) in allowed:
             return int(text)
         raise argparse.ArgumentTypeError(
-            f"must be a whole number, at least {allowed.start}, not {text!r}"
+            f"must be a whole number from {allowed[0]} to {allowed[-1]}, not {text!r}"
         )
 
     return parse
@@ -454,6 +455,6 @@ def run(main: Callable[[Any], object], config_class: type) -> None:
     except UserError as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
     except KeyboardInterrupt as interrupt:
-        parser.exit(130, f"{parser.prog}: interrupted {interrupt}\n")
+        parser.exit(130, f"{parser.prog}: interrupted {interrupt}".rstrip() + "\n")
     except BrokenPipeError:  # as in `python mlp_flax.py | head -3`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

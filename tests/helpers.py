@@ -13,16 +13,16 @@ def load(script):
     return importlib.import_module(script)
 
 
-def write_idx(path, array):
-    """Write an array of bytes as an IDX file, MNIST's format."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def idx(array):
+    """The bytes of an IDX file, MNIST's format, that holds `array` as uint8."""
     header = np.array([0x0800 + array.ndim, *array.shape], ">u4")
-    path.write_bytes(header.tobytes() + array.astype(np.uint8).tobytes())
+    return header.tobytes() + array.astype(np.uint8).tobytes()
 
 
 def write_mnist(data_dir, train, test):
     """Write two datasets of common.draw_digits in torchvision's layout."""
+    raw = data_dir / "MNIST" / "raw"
+    raw.mkdir(parents=True)
     for split, digits in (("train", train), ("t10k", test)):
-        raw = data_dir / "MNIST" / "raw"
-        write_idx(raw / f"{split}-images-idx3-ubyte", digits.images)
-        write_idx(raw / f"{split}-labels-idx1-ubyte", digits.labels)
+        (raw / f"{split}-images-idx3-ubyte").write_bytes(idx(digits.images))
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(idx(digits.labels))
