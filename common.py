@@ -6,6 +6,7 @@ around its `main`: options, and errors that read as one line.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import errno
 import inspect
@@ -15,6 +16,7 @@ import shutil
 import sys
 import tempfile
 import threading
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, NoReturn, get_args
@@ -377,6 +379,104 @@ def draw_digits(count: int, seed: int) -> ArrayDataset:
     return ArrayDataset(images, labels, FlattenAndCast())
 
 
+class Checkpoints:
+    """The last two states of a run, saved in a directory with Orbax.
+
+    Args:
+        directory: new, empty, or one in which a run saved before.
+        run: what must not change if a resumed run is to be the same run: a dict of
+            numbers, strings and lists, compared with the one saved.
+
+    Raises, as do its methods:
+        UserError: the directory cannot be used, or what it holds does not belong to
+            this run or is damaged. Nothing that it holds is changed then.
+    """
+
+    def __init__(self, directory: Path, run: dict[str, Any]):
+        import orbax.checkpoint as ocp  # only a run that saves pays for this import
+
+        self.directory, self.run, self.ocp = Path(directory).absolute(), run, ocp
+        with self.explain("use", "name another one with --checkpoint-dir"):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            foreign = [
+                path.name
+                for path in self.directory.iterdir()
+                if not path.name.partition(".orbax-checkpoint-tmp")[0].isdecimal()
+            ]
+            if foreign:
+                raise FileExistsError(f"it holds {min(foreign)}, no checkpoint")
+            if not os.access(self.directory, os.W_OK):
+                raise PermissionError(os.strerror(errno.EACCES))
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=ocp.checkpoint_managers.LatestN(2),
+                enable_async_checkpointing=False,  # training reuses the state's memory
+                cleanup_tmp_directories=True,  # of a run that was killed while saving
+            )
+            self.manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def restore(self, state: Any) -> Any:
+        """Return the last saved state, or `state`, whose structure it has, if none is."""
+        step, args = self.manager.latest_step(), self.ocp.args
+        if step is None:
+            return state
+        with self.explain(
+            f"read step {step} in", f"delete {self.directory / str(step)}"
+        ):
+            saved = self.manager.restore(
+                step, args=args.Composite(run=args.JsonRestore())
+            ).run
+        checksum = saved.pop("checksum", None)
+        for name in self.run | saved:
+            if self.run.get(name) != saved.get(name):
+                raise UserError(
+                    f"the checkpoints in {self.directory} are of a run with {name} "
+                    f"{saved.get(name)}, not {self.run.get(name)}; "
+                    "name another directory with --checkpoint-dir"
+                )
+        with self.explain(
+            f"read step {step} in", f"delete {self.directory / str(step)}"
+        ):
+            state = self.manager.restore(
+                step, args=args.Composite(state=args.StandardRestore(state))
+            ).state
+            if tree_checksum(state) != checksum:
+                raise ValueError("its checksum is wrong")
+        print(f"resuming from step {step} in {self.directory}")
+        return state
+
+    def save(self, step: int, state: Any) -> None:
+        """Save a pytree of arrays as the state after `step` updates."""
+        args = self.ocp.args
+        run = {**self.run, "checksum": tree_checksum(state)}
+        with self.explain("save to", "free some space or name another directory"):
+            self.manager.save(
+                step,
+                args=args.Composite(
+                    state=args.StandardSave(state), run=args.JsonSave(run)
+                ),
+            )
+
+    @contextlib.contextmanager
+    def explain(self, action: str, remedy: str) -> Iterator[None]:
+        """Turn whatever Orbax raises for a fault into a UserError of one line."""
+        try:
+            yield
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise UserError(
+                f"cannot {action} the checkpoint directory {self.directory}: "
+                f"{reason}; {remedy}"
+            ) from error
+
+
+def tree_checksum(tree: Any) -> int:
+    """CRC-32 of a pytree's leaves, because Orbax restores flipped bits unnoticed."""
+    checksum = 0
+    for leaf in jax.tree.leaves(tree):
+        checksum = zlib.crc32(np.asarray(leaf).tobytes(), checksum)
+    return checksum
+
+
 def first_examples(dataset: Dataset, count: int | None, batch_size: int) -> Dataset:
     """The first `count` examples (None: all), or OptionError if they do not suffice."""
     if count is not None and count > len(dataset):
@@ -435,6 +535,7 @@ def run(main: Callable[[Any], object], config_class: type) -> None:
         allowed = limits[0] if limits else range(1, 2**32)
         parse, metavar = {
             Path: (Path, "DIR"),
+            Path | None: (Path, "DIR"),
             float: (positive_number, "X"),
         }.get(kind, (whole_number(allowed), "N"))
         if field.default is not None:

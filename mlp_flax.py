@@ -25,6 +25,7 @@ from torch.utils.data import Dataset
 
 from common import (
     DATA_DIR,
+    Checkpoints,
     NumpyLoader,
     UserError,
     first_examples,
@@ -49,9 +50,12 @@ class Config:
     seed: Annotated[int, "decides parameters and order", range(2**32)] = 0
     max_steps: Annotated[int | None, "stop after N updates", range(2**32)] = None
     train_examples: Annotated[int | None, "only the first N training images"] = None
-    eval_every: Annotated[int | None, "evaluate every N updates, not every epoch"] = (
-        None
-    )
+    eval_every: Annotated[int | None, "evaluate every N updates, not each epoch"] = None
+    checkpoint_dir: Annotated[
+        Path | None,
+        "save here after each epoch, and resume from here; a resumed run that is given "
+        "more --epochs goes on along the schedule of the longer run",
+    ] = None
 
 
 class MLP(nn.Module):
@@ -121,13 +125,22 @@ def eval_model(state: TrainState, loader: NumpyLoader) -> float:
     return correct / total
 
 
+def check_loss(loss: jax.Array, step: int, learning_rate: float) -> None:
+    """Raise UserError if training has diverged. Waits for the device: not for each step."""
+    if not jnp.isfinite(loss):
+        raise UserError(
+            f"the loss is {loss} at step {step}; "
+            f"try a --learning-rate below {learning_rate}"
+        )
+
+
 def train(
     config: Config, train_set: Dataset, test_set: Dataset, data_name: str
 ) -> TrainState:
     """Train a new network and print a line for each evaluation; return the last state.
 
     Raises:
-        UserError: the loss is not finite.
+        UserError: the loss is not finite, or a checkpoint is of no use.
     """
     params_key, order_key = jax.random.split(jax.random.key(config.seed))
     train_loader = NumpyLoader(
@@ -136,6 +149,19 @@ def train(
     total_steps = config.epochs * len(train_loader)
     state = create_train_state(params_key, config.learning_rate, total_steps)
     print(f"parameters: {sum(p.size for p in jax.tree.leaves(state.params)):,}")
+    checkpoints = None
+    if config.checkpoint_dir:
+        run = {
+            "script": Path(__file__).stem,
+            "data": data_name,
+            "layer sizes": list(LAYER_SIZES),
+            "seed": config.seed,
+            "batch size": config.batch_size,
+            "learning rate": config.learning_rate,
+            "training examples": len(train_set),
+        }
+        checkpoints = Checkpoints(config.checkpoint_dir, run)
+        state = checkpoints.restore(state)
 
     # Evaluation has loaders of its own, in order and over the whole sets.
     train_eval_loader = NumpyLoader(train_set, batch_size=EVAL_BATCH_SIZE)
@@ -144,24 +170,29 @@ def train(
     last_step = total_steps
     if config.max_steps is not None:
         last_step = min(config.max_steps, total_steps)
-    step = 0
+    step = int(state.step)
+    if step > last_step:
+        raise UserError(
+            f"{config.checkpoint_dir} is at step {step} already, and the run is to end "
+            f"with step {last_step}; raise --epochs or --max-steps"
+        )
     try:
-        for epoch in range(1, config.epochs + 1):
+        for epoch in range(step // len(train_loader), config.epochs):
+            train_loader.sampler.set_epoch(epoch)  # the order, also of a resumed run
             for x, y in islice(train_loader, last_step - step):
                 state, loss = train_step(state, x, y)
                 step += 1
                 if step % eval_every == 0 or step == last_step:
-                    if not jnp.isfinite(loss):
-                        raise UserError(
-                            f"the loss is {loss} at step {step}; "
-                            f"try a --learning-rate below {config.learning_rate}"
-                        )
+                    check_loss(loss, step, config.learning_rate)
                     print(
-                        f"epoch {epoch}  step {step}  loss {loss:.4f}  "
+                        f"epoch {epoch + 1}  step {step}  loss {loss:.4f}  "
                         f"train accuracy {eval_model(state, train_eval_loader):.2%}  "
                         f"test accuracy {eval_model(state, test_loader):.2%}  "
                         f"({data_name})"
                     )
+            if checkpoints and step == (epoch + 1) * len(train_loader):
+                check_loss(loss, step, config.learning_rate)
+                checkpoints.save(step, state)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"after {step} of {last_step} updates") from None
     return state

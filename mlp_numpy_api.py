@@ -49,9 +49,7 @@ class Config:
     seed: Annotated[int, "decides parameters and order", range(2**32)] = 0
     max_steps: Annotated[int | None, "stop after N updates", range(2**32)] = None
     train_examples: Annotated[int | None, "only the first N training images"] = None
-    eval_every: Annotated[int | None, "evaluate every N updates, not every epoch"] = (
-        None
-    )
+    eval_every: Annotated[int | None, "evaluate every N updates, not each epoch"] = None
 
 
 def random_layer_params(m: int, n: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -132,6 +130,15 @@ def accuracy(params: Params, loader: NumpyLoader) -> float:
     return correct / total
 
 
+def check_loss(loss: jax.Array, step: int, learning_rate: float) -> None:
+    """Raise UserError if training has diverged. Waits for the device: not for each step."""
+    if not jnp.isfinite(loss):
+        raise UserError(
+            f"the loss is {loss} at step {step}; "
+            f"try a --learning-rate below {learning_rate}"
+        )
+
+
 def train(
     config: Config, train_set: Dataset, test_set: Dataset, data_name: str
 ) -> Params:
@@ -157,20 +164,17 @@ def train(
         last_step = min(config.max_steps, total_steps)
     step = 0
     try:
-        for epoch in range(1, config.epochs + 1):
+        for epoch in range(config.epochs):
+            train_loader.sampler.set_epoch(epoch)
             for x, y in islice(train_loader, last_step - step):
                 lr = learning_rate_at(step, config.learning_rate, total_steps)
                 params = sgd_update(params, x, y, lr)
                 step += 1
                 if step % eval_every == 0 or step == last_step:
                     batch_loss = loss(params, x, one_hot(y))
-                    if not jnp.isfinite(batch_loss):
-                        raise UserError(
-                            f"the loss is {batch_loss} at step {step}; "
-                            f"try a --learning-rate below {config.learning_rate}"
-                        )
+                    check_loss(batch_loss, step, config.learning_rate)
                     print(
-                        f"epoch {epoch}  step {step}  loss {batch_loss:.4f}  "
+                        f"epoch {epoch + 1}  step {step}  loss {batch_loss:.4f}  "
                         f"train accuracy {accuracy(params, train_eval_loader):.2%}  "
                         f"test accuracy {accuracy(params, test_loader):.2%}  "
                         f"({data_name})"
