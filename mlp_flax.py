@@ -35,7 +35,7 @@ from common import (
 
 LAYER_SIZES = (512, 512, 10)
 DECAY = 0.001  # the learning rate at the end, as a share of the one at the start
-ADAM_B2 = 0.99  # a shorter memory than Adam's usual 0.999, for a short run
+ADAM_B2 = 0.98  # a shorter memory than Adam's usual 0.999, for a short run
 EVAL_BATCH_SIZE = 2000  # no gradients to keep, so larger batches than in training
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -90,6 +91,7 @@ def download_from(archives, monkeypatch):
     resources = [(n, hashlib.md5(data).hexdigest()) for n, data in archives.items()]
     monkeypatch.setattr(torchvision.datasets.MNIST, "resources", resources)
     monkeypatch.setattr(common, "PATIENCE", 1)
+    monkeypatch.setattr(urllib.request, "_opener", None)  # forgets an earlier proxy
     return lambda *urls: monkeypatch.setattr(
         torchvision.datasets.MNIST, "mirrors", list(urls)
     )
