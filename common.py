@@ -84,7 +84,9 @@ class ArrayDataset(Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int | list[int]) -> tuple[np.ndarray, np.ndarray]:
-        return self.transform(self.images[index]), self.labels[index]
+        # take() is what [index] does with a list, only faster
+        images = self.images.take(index, axis=0)
+        return self.transform(images), self.labels.take(index)
 
     def __getitems__(self, indices: list[int]) -> Batch:
         """What DataLoader calls, where it exists, in place of B times __getitem__."""
@@ -402,6 +404,7 @@ class Checkpoints:
                 path.name
                 for path in self.directory.iterdir()
                 if not path.name.partition(".orbax-checkpoint-tmp")[0].isdecimal()
+                and not path.name.startswith(".")
             ]
             if foreign:
                 raise FileExistsError(f"it holds {min(foreign)}, no checkpoint")
