@@ -93,7 +93,11 @@ def one_hot(x: jax.Array, k: int = 10) -> jax.Array:
 
 @jit
 def loss(params: Params, images: jax.Array, targets: jax.Array) -> jax.Array:
-    """Mean cross-entropy of images (B, 784) with one-hot targets (B, 10)."""
+    """Mean cross-entropy; images (B, 784), targets: classes (B,) or one-hot (B, 10)."""
+    if (
+        targets.ndim == 1
+    ):  # a shape is known while jit traces, so Python may branch on it
+        targets = one_hot(targets)
     logits = batched_forward(params, images)
     # Without axis and keepdims this would normalise over the whole batch at once.
     log_probs = logits - logsumexp(logits, axis=-1, keepdims=True)
@@ -103,7 +107,7 @@ def loss(params: Params, images: jax.Array, targets: jax.Array) -> jax.Array:
 @jit
 def sgd_update(params: Params, x: jax.Array, y: jax.Array, lr: float) -> Params:
     """One step of gradient descent on images x (B, 784) and classes y (B,)."""
-    grads = grad(loss)(params, x, one_hot(y))  # a tree just like params
+    grads = grad(loss)(params, x, y)  # a tree just like params
     return jax.tree.map(lambda p, g: p - lr * g, params, grads)
 
 
@@ -171,7 +175,7 @@ def train(
                 params = sgd_update(params, x, y, lr)
                 step += 1
                 if step % eval_every == 0 or step == last_step:
-                    batch_loss = loss(params, x, one_hot(y))
+                    batch_loss = loss(params, x, y)
                     check_loss(batch_loss, step, config.learning_rate)
                     print(
                         f"epoch {epoch + 1}  step {step}  loss {batch_loss:.4f}  "

@@ -41,22 +41,32 @@ KEY = jax.random.key(0)
 class Stage:
     """One stage's work for an epoch, in each of the ways that are compared."""
 
-    def __init__(self, number: int, data_dir: str):
+    def __init__(
+        self,
+        number: int,
+        data_dir: str,
+        batch_size: int | None = None,
+        examples: int | None = None,
+    ):
         self.number, self.script = number, SCRIPTS[number]
-        self.batch_size = self.script.Config.batch_size
+        self.batch_size = batch_size or self.script.Config.batch_size
         train_set, _, _ = common.load_mnist(data_dir)
+        train_set = common.first_examples(train_set, examples, self.batch_size)
         self.loader = common.NumpyLoader(
             train_set, KEY, self.batch_size, shuffle=True, drop_last=True
         )
         self.steps = len(self.loader)
-        self.batch = jax.device_put(next(iter(self.loader)))
-        self.batches = [*self.loader]
         if number == 1:
             self.state = self.script.init_network_params(self.script.LAYER_SIZES, KEY)
         else:
             keys = KEY if number == 2 else {"params": KEY, "dropout": KEY}
             rate = self.script.Config.learning_rate
             self.state = self.script.create_train_state(keys, rate, 5 * self.steps)
+
+    def make_others(self, data_dir: str) -> None:
+        """What the epoch through the loader is compared with."""
+        self.batches = [*self.loader]
+        self.batch = jax.device_put(self.batches[0])
         self.make_article_loader(data_dir)
         self.make_pytorch(data_dir)
 
@@ -163,6 +173,8 @@ def spread(values: list[float], form: str = ".3f") -> str:
 
 def measure_epochs(data_dir: str, rounds: int) -> None:
     stages = [Stage(number, data_dir) for number in SCRIPTS]
+    for stage in stages:
+        stage.make_others(data_dir)
     times = defaultdict(list)
     for turn in range(rounds + 1):  # the first turn compiles, and does not count
         for stage in stages:

@@ -336,6 +336,7 @@ def start_script(data_dir, *options):
     )
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends Ctrl-C to whole consoles")
 def test_control_c(small_mnist):
     process = start_script(small_mnist, "--epochs", "100000")
     while not process.stdout.readline().startswith("epoch 3"):

@@ -59,6 +59,7 @@ def test_loss_is_optax_cross_entropy(params, batch):
     expected = optax.softmax_cross_entropy_with_integer_labels(
         stage.batched_forward(params, x), y
     ).mean()
+    np.testing.assert_allclose(stage.loss(params, x, y), expected, 1e-6)
     np.testing.assert_allclose(stage.loss(params, x, stage.one_hot(y)), expected, 1e-6)
 
 

@@ -1,0 +1,71 @@
+"""How cost grows with the number of examples and with the batch size.
+
+    python benchmarks/scaling.py --data-dir DIR
+
+prints, for each stage, examples per second of a training epoch (median of --rounds,
+after one that compiles) and the peak memory of a whole process of one epoch, as a ratio
+to a process that only does the script's imports. Unix only, for the memory.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from statistics import median
+
+import speed
+from speed import SCRIPTS, Stage, seconds
+
+import common
+
+EXAMPLES = [6_000, 18_000, 60_000]
+BATCH_SIZES = [32, 64, 128, 256, 512, 1024]
+
+
+def peak_memory(*command: str) -> int:
+    """Peak resident memory of a process; the unit is the system's, here it cancels."""
+    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{command} failed")
+    return usage.ru_maxrss
+
+
+def row(number: int, examples: int, batch_size: int, args: argparse.Namespace) -> str:
+    script = SCRIPTS[number]
+    stage = Stage(number, args.data_dir, batch_size, examples)
+    stage.epoch()
+    took = median(seconds(stage.epoch) for _ in range(args.rounds))
+    rate = stage.steps * batch_size / took
+    imports = peak_memory(
+        "-c",
+        f"import sys; sys.path.insert(0, {str(speed.ROOT)!r}); import {script.__name__}",
+    )
+    options = ["--epochs", "1", "--data-dir", args.data_dir]
+    options += ["--train-examples", str(examples), "--batch-size", str(batch_size)]
+    memory = peak_memory(script.__file__, *options) / imports
+    return (
+        f"| {number} | {examples:,} | {batch_size} | {took:.2f} | {rate:,.0f} "
+        f"| {memory:.2f} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--data-dir", default=str(common.DATA_DIR))
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    print(
+        "| stage | examples | batch size | s an epoch | examples/s | memory / imports |"
+    )
+    print("| --- | --- | --- | --- | --- | --- |")
+    for number, script in SCRIPTS.items():
+        usual = script.Config.batch_size
+        sizes = [(count, usual) for count in EXAMPLES]
+        sizes += [(EXAMPLES[-1], size) for size in BATCH_SIZES if size != usual]
+        for examples, batch_size in sizes:
+            print(row(number, examples, batch_size, args), flush=True)
+
+
+if __name__ == "__main__":
+    main()
