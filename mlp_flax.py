@@ -6,7 +6,8 @@ needs, and a jitted step takes the old state and returns the new one.
 
     python mlp_flax.py                  --help shows the options
 
-reaches ACC% test accuracy in 5 epochs (mean of seeds 0, 1, 2).
+reaches 98.5% test accuracy in 5 epochs, in about 15 s on two CPU cores
+(mean over five seeds: benchmarks/learning_curves.py).
 """
 
 from collections.abc import Sequence

@@ -6,7 +6,8 @@ train state, and take no part in the optimizer; training and evaluation differ.
 
     python mlp_flax_bn_dropout.py       --help shows the options
 
-reaches ACC% test accuracy in 5 epochs (mean of seeds 0, 1, 2).
+reaches 98.4% test accuracy in 5 epochs, in about 15 s on two CPU cores
+(mean over five seeds: benchmarks/learning_curves.py).
 """
 
 from collections.abc import Sequence
