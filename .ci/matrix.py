@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+UV = [sys.executable, "-m", "uv"]
 PACKAGES = ["jax", "flax", "optax", "orbax-checkpoint", "torch", "torchvision", "numpy"]
 
 
@@ -25,8 +26,8 @@ def test(python: str, resolution: str, pytest_options: list[str]) -> tuple[list,
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         venv = Path(scratch) / "venv"
         interpreter = venv / ("Scripts" if os.name == "nt" else "bin") / "python"
-        pip = ["uv", "pip", "-q"]
-        subprocess.run(["uv", "venv", "-q", "--python", python, venv], check=True)
+        pip = [*UV, "pip", "-q"]
+        subprocess.run([*UV, "venv", "-q", "--python", python, venv], check=True)
         subprocess.run(
             [*pip, "install", "--python", interpreter, "--resolution", resolution]
             + ["-r", ROOT / "requirements.txt"],
