@@ -452,6 +452,9 @@ class Checkpoints:
         args = self.ocp.args
         run = {**self.run, "checksum": tree_checksum(state)}
         with self.explain("save to", "free some space or name another directory"):
+            needed = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+            if shutil.disk_usage(self.directory).free < needed:  # before Orbax begins
+                raise OSError(os.strerror(errno.ENOSPC))
             self.manager.save(
                 step,
                 args=args.Composite(

@@ -182,12 +182,17 @@ def test_directory_is_not_writable(saved, small_mnist, monkeypatch):
         train(load("mlp_flax"), small_mnist, checkpoint_dir=saved)
 
 
-def test_disk_is_full(saved, small_mnist, monkeypatch):
+@pytest.mark.parametrize("when", ["before", "while saving"])
+def test_disk_is_full(when, saved, small_mnist, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     before = contents(saved)
-    monkeypatch.setattr(ocp.CheckpointManager, "save", fail)
+    if when == "before":
+        usage = shutil.disk_usage(saved)._replace(free=1_000_000)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    else:
+        monkeypatch.setattr(ocp.CheckpointManager, "save", fail)
     with pytest.raises(UserError, match=f"{saved}: .*No space left on device; free"):
         train(load("mlp_flax"), small_mnist, checkpoint_dir=saved)
     assert contents(saved) == before

@@ -175,7 +175,9 @@ def test_two_runs_at_once(archives, download_from, tmp_path):
     with mirror(archives, "slow") as (url, _):
         download_from(url)
         processes = [start_download(url, tmp_path) for _ in range(2)]
-        assert [process.communicate()[0] for process in processes] == ["200\n"] * 2
+        outputs = [process.communicate()[0] for process in processes]
+    # Older releases of torchvision print on stdout what they download.
+    assert [output.splitlines()[-1:] for output in outputs] == [["200"]] * 2
     assert raw_files(tmp_path) == sorted(common.MNIST_FILES)
 
 
