@@ -22,7 +22,7 @@ PACKAGES = ["jax", "flax", "optax", "orbax-checkpoint", "torch", "torchvision", 
 
 
 def test(python: str, resolution: str, pytest_options: list[str]) -> tuple[list, bool]:
-    """Return the versions that were installed, and whether all tests passed."""
+    """Return a row of versions and results, and whether all tests passed."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         venv = Path(scratch) / "venv"
         interpreter = venv / ("Scripts" if os.name == "nt" else "bin") / "python"
@@ -38,6 +38,7 @@ def test(python: str, resolution: str, pytest_options: list[str]) -> tuple[list,
             stdout=subprocess.PIPE,
             check=True,
         )
+        venv_config = (venv / "pyvenv.cfg").read_text()
         versions = {p["name"]: p["version"] for p in json.loads(listing.stdout)}
         tests = subprocess.run(
             [interpreter, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
@@ -48,8 +49,10 @@ def test(python: str, resolution: str, pytest_options: list[str]) -> tuple[list,
             check=False,
         )
     print(tests.stdout[-3000:], file=sys.stderr)
+    release = re.search(r"(?<=version_info = )\S+", venv_config)[0]
     summary = re.findall(r"\d+ (?:passed|failed|error)s?", tests.stdout)
-    return [*(versions[p] for p in PACKAGES), ", ".join(summary)], not tests.returncode
+    row = [release, *(versions[p] for p in PACKAGES), ", ".join(summary)]
+    return row, not tests.returncode
 
 
 def main() -> None:
@@ -66,7 +69,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="run test_smoke.py only")
     args = parser.parse_args()
 
-    header = ["Python", "", *PACKAGES, "tests"]
+    header = ["releases", "Python", *PACKAGES, "tests"]
     table = [header, ["---"] * len(header)]
     all_passed = True
     for python in args.python:
@@ -74,7 +77,7 @@ def main() -> None:
             options = ["test_smoke.py"] if args.smoke else []
             row, passed = test(python, resolution, options)
             all_passed &= passed
-            table.append([python, resolution.partition("-")[0], *row])
+            table.append([resolution.partition("-")[0], *row])
             print("| " + " | ".join(table[-1]) + " |", file=sys.stderr)
     for row in table:
         print("| " + " | ".join(row) + " |")
