@@ -90,7 +90,7 @@ def download_from(archives, monkeypatch):
     """A function that makes torchvision download the small files from given URLs."""
     resources = [(n, hashlib.md5(data).hexdigest()) for n, data in archives.items()]
     monkeypatch.setattr(torchvision.datasets.MNIST, "resources", resources)
-    monkeypatch.setattr(common, "PATIENCE", 1)
+    monkeypatch.setattr(common, "PATIENCE", 3)
     monkeypatch.setattr(urllib.request, "_opener", None)  # forgets an earlier proxy
     return lambda *urls: monkeypatch.setattr(
         torchvision.datasets.MNIST, "mirrors", list(urls)
@@ -126,7 +126,7 @@ def test_bad_mirror(behaviour, archives, download_from, tmp_path, capsys):
         start = time.monotonic()
         name = common.load_mnist(tmp_path)[2]
         assert name == "drawn digits, not MNIST"
-        assert time.monotonic() - start < 10
+        assert time.monotonic() - start < 30, "the mirror would hang for a minute"
         message = capsys.readouterr().err
         assert bad in message
         assert "drawn" in message
