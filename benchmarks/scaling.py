@@ -11,6 +11,7 @@ import argparse
 import os
 import subprocess
 import sys
+from functools import cache
 from statistics import median
 
 import speed
@@ -22,6 +23,7 @@ EXAMPLES = [6_000, 18_000, 60_000]
 BATCH_SIZES = [32, 64, 128, 256, 512, 1024]
 
 
+@cache
 def peak_memory(*command: str) -> int:
     """Peak resident memory of a process; the unit is the system's, here it cancels."""
     process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL)
