@@ -35,7 +35,7 @@ MNIST_NAME, DRAWN_NAME = "MNIST", "drawn digits, not MNIST"
 DATA_DIR = Path(__file__).resolve().parent / "data"
 PATIENCE = 10  # seconds that a mirror gets to send the next MIN_BYTES
 MIN_BYTES = 50_000
-# What the operating system reports about a disk, as opposed to a network.
+# Errors for which the disk, not the network, is to blame.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS}
 
 
@@ -68,7 +68,7 @@ class ArrayDataset(Dataset):
 
     Args:
         images: (N, ...), for example uint8 (N, 28, 28).
-        labels: (N,).
+        labels: (N, ...), for example integers (N,).
         transform: called with one image, or with a batch of them.
     """
 
@@ -86,7 +86,7 @@ class ArrayDataset(Dataset):
     def __getitem__(self, index: int | list[int]) -> tuple[np.ndarray, np.ndarray]:
         # take() is what [index] does with a list, only faster
         images = self.images.take(index, axis=0)
-        return self.transform(images), self.labels.take(index)
+        return self.transform(images), self.labels.take(index, axis=0)
 
     def __getitems__(self, indices: list[int]) -> Batch:
         """What DataLoader calls, where it exists, in place of B times __getitem__."""
@@ -165,8 +165,8 @@ class NumpyLoader(DataLoader):
     Args:
         dataset: anything with __len__ and __getitem__.
         rng_key: decides the order where `shuffle` is true.
-        batch_size: examples in a batch; the last one is smaller where the division
-            leaves a rest, or absent with `drop_last=True`.
+        batch_size: examples in a batch; if the sizes do not divide evenly, the last
+            one is smaller, or absent with `drop_last=True`.
         shuffle: a new order each epoch; without it, the order of the dataset.
         **kwargs: for DataLoader. Workers (`num_workers=2`) are spawned, because a
             fork of a process in which JAX runs can deadlock: guard the program with
@@ -398,6 +398,11 @@ class Checkpoints:
         import orbax.checkpoint as ocp  # only a run that saves pays for this import
 
         self.directory, self.run, self.ocp = Path(directory).absolute(), run, ocp
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=ocp.checkpoint_managers.LatestN(2),
+            enable_async_checkpointing=False,  # training reuses the state's memory
+            cleanup_tmp_directories=True,  # of a run that was killed while saving
+        )
         with self.explain("use", "name another one with --checkpoint-dir"):
             self.directory.mkdir(parents=True, exist_ok=True)
             foreign = [
@@ -410,15 +415,10 @@ class Checkpoints:
                 raise FileExistsError(f"it holds {min(foreign)}, no checkpoint")
             if not os.access(self.directory, os.W_OK):
                 raise PermissionError(os.strerror(errno.EACCES))
-            options = ocp.CheckpointManagerOptions(
-                preservation_policy=ocp.checkpoint_managers.LatestN(2),
-                enable_async_checkpointing=False,  # training reuses the state's memory
-                cleanup_tmp_directories=True,  # of a run that was killed while saving
-            )
             self.manager = ocp.CheckpointManager(self.directory, options=options)
 
     def restore(self, state: Any) -> Any:
-        """Return the last saved state, or `state`, whose structure it has, if none is."""
+        """Return the last saved state, or `state` itself if nothing was saved."""
         step, args = self.manager.latest_step(), self.ocp.args
         if step is None:
             return state
@@ -526,14 +526,14 @@ def run(main: Callable[[Any], object], config_class: type) -> None:
     """Call `main` with the options of the command line, as a `config_class`, and exit.
 
     A field `epochs: Annotated[int, "passes over the data"] = 5` of that dataclass makes
-    an option `--epochs N`, whose help and default it states. Whole numbers are to be 1
-    or more, unless the annotation goes on with a range.
+    an option `--epochs N`, whose help and default it states. Whole numbers must be 1
+    or more, unless the annotation goes on with a range; floats must be above 0.
 
     Exit status: 0, or 1 for a UserError, 2 for a wrong option, 130 for Ctrl-C. None of
     these prints a traceback, nor does a reader that closes the pipe on stdout.
     """
     parser = argparse.ArgumentParser(
-        description=inspect.getmodule(main).__doc__.partition("\n")[0],
+        description=(inspect.getmodule(main).__doc__ or "").partition("\n")[0],
         allow_abbrev=False,
     )
     for field in dataclasses.fields(config_class):
@@ -543,9 +543,10 @@ def run(main: Callable[[Any], object], config_class: type) -> None:
             Path: (Path, "DIR"),
             Path | None: (Path, "DIR"),
             float: (positive_number, "X"),
+            str: (str, "TEXT"),
         }.get(kind, (whole_number(allowed), "N"))
         if field.default is not None:
-            help_text += f" (default: {field.default})"
+            help_text += " (default: %(default)s)"
         parser.add_argument(
             "--" + field.name.replace("_", "-"),
             type=parse,

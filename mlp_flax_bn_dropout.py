@@ -43,12 +43,12 @@ EVAL_BATCH_SIZE = 2000  # no gradients to keep, so larger batches than in traini
 
 @dataclass(frozen=True)
 class Config:
-    """Hyperparameters that are also options of the command line."""
+    """Options of the command line: Annotated[type, help text, allowed range]."""
 
     data_dir: Annotated[Path, "where MNIST is or goes"] = DATA_DIR
     epochs: Annotated[int, "passes over the training set"] = 5
-    batch_size: Annotated[int, "images per update"] = 128
-    learning_rate: Annotated[float, "Adam's, at the start"] = 2e-3
+    batch_size: Annotated[int, "images per update", range(2, 2**32)] = 128
+    learning_rate: Annotated[float, "of the first update"] = 2e-3
     seed: Annotated[int, "decides parameters, order and dropout", range(2**32)] = 0
     max_steps: Annotated[int | None, "stop after N updates", range(2**32)] = None
     train_examples: Annotated[int | None, "only the first N training images"] = None
@@ -63,7 +63,7 @@ class Config:
 class MLP(nn.Module):
     """Dense layers with relu, Dropout and BatchNorm in between, from images to logits.
 
-    `layer_sizes` holds the outputs of each layer; the input's width shows at `init`.
+    `layer_sizes` holds the outputs of each layer; the input's width is inferred by `init`.
     """
 
     layer_sizes: Sequence[int] = LAYER_SIZES
@@ -73,6 +73,7 @@ class MLP(nn.Module):
         he_normal = nn.initializers.he_normal()
         self.layers = [nn.Dense(n, kernel_init=he_normal) for n in self.layer_sizes]
         self.dropouts = [nn.Dropout(rate) for rate in self.dropout_rates]
+        # PyTorch would call this momentum 0.1: it counts the other way round.
         self.norms = [nn.BatchNorm(momentum=0.9) for _ in self.dropout_rates]
 
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -91,6 +92,7 @@ class CustomTrainState(TrainState):
     batch_stats: dict
 
 
+# Compiled as one program, which starts faster. In a notebook, define it again after MLP.
 @partial(jax.jit, static_argnums=(1, 2))
 def create_train_state(
     keys: dict[str, jax.Array], learning_rate: float, total_steps: int
@@ -148,22 +150,24 @@ def eval_model(state: CustomTrainState, loader: NumpyLoader) -> float:
     return correct / total
 
 
-def check_loss(loss: jax.Array, step: int, learning_rate: float) -> None:
-    """Raise UserError if training has diverged. Waits for the device: not for each step."""
-    if not jnp.isfinite(loss):
+def check_loss(loss: jax.Array, params: dict, step: int, rate: float) -> None:
+    """Raise UserError if training has diverged; not for every step, for it waits."""
+    # The loss is from before the update, the parameters are from after it.
+    squares = sum(jnp.vdot(p, p) for p in jax.tree.leaves(params))
+    if not jnp.isfinite(loss + squares):
         raise UserError(
-            f"the loss is {loss} at step {step}; "
-            f"try a --learning-rate below {learning_rate}"
+            f"training has diverged, with a loss of {loss} at step {step}; "
+            f"try a --learning-rate below {rate}"
         )
 
 
 def train(
     config: Config, train_set: Dataset, test_set: Dataset, data_name: str
 ) -> CustomTrainState:
-    """Train a new network and print a line for each evaluation; return the last state.
+    """Train, print a line for each evaluation, and return the last state.
 
     Raises:
-        UserError: the loss is not finite, or a checkpoint is of no use.
+        UserError: training has diverged, or a checkpoint cannot be used.
     """
     root_key = jax.random.key(config.seed)
     params_key, order_key, dropout_key = jax.random.split(root_key, 3)
@@ -176,16 +180,19 @@ def train(
     print(f"parameters: {sum(p.size for p in jax.tree.leaves(state.params)):,}")
     checkpoints = None
     if config.checkpoint_dir:
-        run = {
+        settings = {
             "script": Path(__file__).stem,
             "data": data_name,
             "layer sizes": list(LAYER_SIZES),
+            "dropout rates": list(DROPOUT_RATES),
+            "Adam's b2": ADAM_B2,
+            "decay": DECAY,
             "seed": config.seed,
             "batch size": config.batch_size,
             "learning rate": config.learning_rate,
             "training examples": len(train_set),
         }
-        checkpoints = Checkpoints(config.checkpoint_dir, run)
+        checkpoints = Checkpoints(config.checkpoint_dir, settings)
         state = checkpoints.restore(state)
 
     # Evaluation has loaders of its own, in order and over the whole sets.
@@ -203,12 +210,12 @@ def train(
         )
     try:
         for epoch in range(step // len(train_loader), config.epochs):
-            train_loader.sampler.set_epoch(epoch)  # the order, also of a resumed run
+            train_loader.sampler.set_epoch(epoch)  # decides the order, with the key
             for x, y in islice(train_loader, last_step - step):
                 state, loss = train_step(state, x, y, dropout_key)
                 step += 1
                 if step % eval_every == 0 or step == last_step:
-                    check_loss(loss, step, config.learning_rate)
+                    check_loss(loss, state.params, step, config.learning_rate)
                     print(
                         f"epoch {epoch + 1}  step {step}  loss {loss:.4f}  "
                         f"train accuracy {eval_model(state, train_eval_loader):.2%}  "
@@ -216,7 +223,7 @@ def train(
                         f"({data_name})"
                     )
             if checkpoints and step == (epoch + 1) * len(train_loader):
-                check_loss(loss, step, config.learning_rate)
+                check_loss(loss, state.params, step, config.learning_rate)
                 checkpoints.save(step, state)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"after {step} of {last_step} updates") from None
@@ -232,9 +239,9 @@ def main(config: Config) -> float:
     )
     print(f"device: {jax.devices()[0].device_kind}")
     state = train(config, train_set, test_set, data_name)
-    accuracy = eval_model(state, NumpyLoader(test_set, batch_size=EVAL_BATCH_SIZE))
-    print(f"final test accuracy: {accuracy:.2%} ({data_name})")
-    return accuracy
+    test_accuracy = eval_model(state, NumpyLoader(test_set, batch_size=EVAL_BATCH_SIZE))
+    print(f"final test accuracy: {test_accuracy:.2%} ({data_name})")
+    return test_accuracy
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ def empty_dir(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for proxy in ("http_proxy", "https_proxy"):
             patch.setenv(proxy, "http://127.0.0.1:9")  # nothing listens there
+        # On a GPU, four processes at once must share its memory.
+        patch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         yield tmp_path_factory.mktemp("empty")
 
 

@@ -20,7 +20,7 @@ from speed import SCRIPTS, Stage, seconds
 import common
 
 EXAMPLES = [6_000, 18_000, 60_000]
-BATCH_SIZES = [32, 64, 128, 256, 512, 1024]
+BATCH_SIZES = [32, 128, 512, 1024]
 
 
 @cache

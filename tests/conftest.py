@@ -6,6 +6,9 @@ from helpers import SCRIPTS, load, write_mnist
 
 import common
 
+# On a GPU, the processes that tests start must share its memory.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
 
 @pytest.fixture(scope="session")
 def small_mnist(tmp_path_factory):
