@@ -186,7 +186,7 @@ def train(
     try:
         for epoch in range(step // len(train_loader), config.epochs):
             train_loader.sampler.set_epoch(epoch)  # decides the order, with the key
-            for x, y in islice(train_loader, last_step - step):
+            for x, y in islice(train_loader, last_step - step):  # --max-steps
                 state, loss = train_step(state, x, y)
                 step += 1
                 if step % eval_every == 0 or step == last_step:

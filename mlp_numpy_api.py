@@ -171,7 +171,7 @@ def train(
     try:
         for epoch in range(config.epochs):
             train_loader.sampler.set_epoch(epoch)  # decides the order, with the key
-            for x, y in islice(train_loader, last_step - step):
+            for x, y in islice(train_loader, last_step - step):  # --max-steps
                 lr = learning_rate_at(step, config.learning_rate, total_steps)
                 params = sgd_update(params, x, y, lr)
                 step += 1
