@@ -12,6 +12,7 @@ reaches 98.4% test accuracy in 5 epochs, in about 15 s on two CPU cores
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Annotated
@@ -157,7 +158,8 @@ def train(
         train_set, order_key, config.batch_size, shuffle=True, drop_last=True
     )
     total_steps = config.epochs * len(train_loader)
-    params = init_network_params(LAYER_SIZES, params_key)
+    # jit makes one program of it, which starts faster than one operation at a time.
+    params = jit(partial(init_network_params, LAYER_SIZES))(params_key)
     print(f"parameters: {sum(p.size for p in jax.tree.leaves(params)):,}")
 
     # Evaluation has loaders of its own, in order and over the whole sets.
