@@ -173,8 +173,8 @@ def download_mnist(raw: Path, missing: list[str]) -> None:
 def read_mnist(raw: Path, split: str) -> ArrayDataset:
     """Read a split, "train" or "t10k", from IDX files: a header, then the bytes."""
     images_file, labels_file = (raw / name for name in MNIST_FILES if split in name)
-    pixels = np.fromfile(images_file, np.uint8, offset=16)
-    labels = np.fromfile(labels_file, np.uint8, offset=8)
+    pixels = np.fromfile(images_file, np.uint8)[16:]
+    labels = np.fromfile(labels_file, np.uint8)[8:]
     n = pixels.size // 784
     for path, header, valid in (
         (images_file, [0x0803, n, 28, 28], 0 < pixels.size == n * 784),

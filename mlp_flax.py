@@ -172,8 +172,8 @@ def main(argv: Sequence[str] | None = None) -> float:
         x, y = next(batches)
         state, loss = train_step(state, x, y)
         if step % eval_every == 0 or step == last_step:
-            finite = [np.isfinite(a).all() for a in jax.tree.leaves((loss, state))]
-            if not all(finite):
+            norm = sum(np.vdot(a, a) for a in jax.tree.leaves((loss, state)))
+            if not np.isfinite(norm):
                 sys.exit(f"error: diverged at step {step}; lower --learning-rate")
             epoch = (step - 1) // epoch_steps + 1
             print(

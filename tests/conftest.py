@@ -1,13 +1,20 @@
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
+
+# Every run of a script compiles the same programs: once for all tests is enough.
+COMPILED = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+# On a GPU, the processes that tests start must share its memory.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
 from helpers import SCRIPTS, load, write_mnist
 
 import common
-
-# On a GPU, the processes that tests start must share its memory.
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 @pytest.fixture(scope="session")
@@ -31,4 +38,10 @@ def real_mnist():
 @pytest.fixture(params=SCRIPTS)
 def script(request):
     """Each of the three scripts, as a module."""
+    return load(request.param)
+
+
+@pytest.fixture(params=SCRIPTS[1:])
+def flax_script(request):
+    """Each of the two scripts that save checkpoints, as a module."""
     return load(request.param)

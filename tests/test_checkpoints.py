@@ -1,263 +1,247 @@
-"""Stop any time, resume exactly; and nothing is lost where that is impossible."""
+"""Stages 2 and 3: stop any time, resume exactly; and nothing is lost where that fails."""
 
 import errno
 import os
 import random
-import re
-import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
-from helpers import ROOT, load
+from flax import serialization
+from helpers import ROOT, SCRIPTS, STAGE_2, STAGE_3, equal, leaves, load, run
 
 import common
-from common import UserError
 
-STAGES = ["mlp_flax", "mlp_flax_bn_dropout"]
-
-
-@pytest.fixture(params=STAGES)
-def script(request):
-    return load(request.param)
-
-
-def train(script, data_dir, **options):
-    """Train, by default for 3 epochs of 10 updates; return the state's arrays."""
-    options = {"epochs": 3, "batch_size": 64, **options}
-    config = script.Config(data_dir=data_dir, **options)
-    train_set, test_set, name = common.load_mnist(data_dir)
-    train_set = common.first_examples(
-        train_set, config.train_examples, config.batch_size
-    )
-    state = script.train(config, train_set, test_set, name)
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
-
-
-def equal(a, b):
-    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-def contents(directory):
-    return {p: p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
-
-
-def steps(directory):
-    return sorted(int(path.name) for path in directory.iterdir())
+RUN = ["--batch-size", 64, "--epochs", 3]  # 30 steps on small_mnist
 
 
 @pytest.fixture
 def saved(small_mnist, tmp_path):
-    """A checkpoint directory with two epochs of stage 2."""
-    directory = tmp_path / "saved"
-    train(load("mlp_flax"), small_mnist, max_steps=20, checkpoint_dir=directory)
-    assert steps(directory) == [10, 20]
-    return directory
+    """A checkpoint of stage 2 after 20 of 30 steps."""
+    path = tmp_path / "saved"
+    run(load(STAGE_2), small_mnist, *RUN, "--max-steps", 20, "--checkpoint", path)
+    return path
 
 
-def test_stopped_and_resumed_equals_never_stopped(
-    script, small_mnist, tmp_path, capsys
-):
-    whole = train(script, small_mnist)
-    train(script, small_mnist, max_steps=10, checkpoint_dir=tmp_path / "a")
-    train(script, small_mnist, max_steps=25, checkpoint_dir=tmp_path / "a")
-    capsys.readouterr()
-    resumed = train(script, small_mnist, checkpoint_dir=tmp_path / "a")
-    assert f"resuming from step 20 in {tmp_path / 'a'}\n" in capsys.readouterr().out
-    assert equal(whole, resumed)
-    assert steps(tmp_path / "a") == [20, 30]
+def test_stopped_and_resumed_equals_never_stopped(flax_script, small_mnist, tmp_path):
+    """In the middle of an epoch, before and at its end; the file byte for byte."""
+    plain = run(flax_script, small_mnist, *RUN)
+    whole, parts = tmp_path / "whole", tmp_path / "new directory" / "parts"
+    assert equal(
+        plain.state, run(flax_script, small_mnist, *RUN, "--checkpoint", whole).state
+    )
+    for last in (3, 10, 14):
+        options = [*RUN, "--max-steps", last, "--eval-every", 4, "--checkpoint", parts]
+        run(flax_script, small_mnist, *options)
+    rest = run(flax_script, small_mnist, *RUN, "--checkpoint", parts)
+    assert rest.lines[3] == f"going on from step 14 in {parts}"
+    assert len(rest.steps) == 16
+    assert equal(plain.state, rest.state)
+    assert rest.log == plain.log[1:]
+    assert parts.read_bytes() == whole.read_bytes()
+    assert [path.name for path in parts.parent.iterdir()] == ["parts"]
 
 
-def test_finished_run_only_evaluates(script, small_mnist, tmp_path, capsys):
-    options = {"data_dir": small_mnist, "epochs": 2, "batch_size": 64}
-    config = script.Config(**options, checkpoint_dir=tmp_path / "a")
-    script.main(config)
-    *_, epoch, final = capsys.readouterr().out.splitlines()
-    before = contents(tmp_path / "a")
-    script.main(config)
-    *_, resuming, again = capsys.readouterr().out.splitlines()
-    assert epoch.startswith("epoch 2")
-    assert resuming.startswith("resuming from step 20")
-    assert again == final
-    assert contents(tmp_path / "a") == before
+def test_every_evaluation_saves(flax_script, small_mnist, tmp_path, monkeypatch):
+    path, seen = tmp_path / "a", []
+    save = flax_script.save_checkpoint
+
+    def spy(*args):
+        save(*args)
+        seen.append(serialization.msgpack_restore(path.read_bytes())["state"]["step"])
+
+    monkeypatch.setattr(flax_script, "save_checkpoint", spy)
+    options = [*RUN, "--eval-every", 8, "--max-steps", 20]
+    run(flax_script, small_mnist, *options, "--checkpoint", path)
+    assert seen == [8, 16, 20]
+
+
+def test_every_leaf_of_the_state_is_saved_and_loaded(flax_script, tmp_path):
+    keys = [jax.random.key(i) for i in range(2 if "bn" in flax_script.__name__ else 1)]
+    zeros = flax_script.create_train_state(*keys, 1e-3, 10)
+    numbered = jax.tree.unflatten(
+        jax.tree.structure(zeros),
+        [np.full_like(leaf, i + 1) for i, leaf in enumerate(jax.tree.leaves(zeros))],
+    )
+    flax_script.save_checkpoint(tmp_path / "a", {"seed": 0}, numbered)
+    loaded = flax_script.load_checkpoint(tmp_path / "a", {"seed": 0}, zeros)
+    assert equal(loaded, numbered)
+    assert [a.dtype for a in leaves(loaded)] == [a.dtype for a in leaves(numbered)]
+    assert type(loaded) is type(zeros)
+
+
+def test_finished_run_only_evaluates(flax_script, small_mnist, tmp_path):
+    path = tmp_path / "a"
+    first = run(flax_script, small_mnist, *RUN, "--checkpoint", path)
+    before = path.read_bytes()
+    again = run(flax_script, small_mnist, *RUN, "--checkpoint", path)
+    assert again.steps == []
+    assert again.lines[-1] == first.lines[-1]
+    assert path.read_bytes() == before
 
 
 def test_more_epochs_go_on_along_the_longer_schedule(
-    script, small_mnist, tmp_path, monkeypatch
+    flax_script, small_mnist, tmp_path
 ):
-    train(script, small_mnist, epochs=2, checkpoint_dir=tmp_path / "a")
-    longer = train(script, small_mnist, epochs=3, checkpoint_dir=tmp_path / "a")
-    assert not equal(longer, train(script, small_mnist, epochs=3))
-
-    # The same by hand: the first epochs on the short schedule, the last on the long one.
-    create = script.create_train_state
-    monkeypatch.setattr(
-        script, "create_train_state", lambda key, rate, steps: create(key, rate, 20)
-    )
-    train(script, small_mnist, epochs=3, max_steps=20, checkpoint_dir=tmp_path / "b")
-    monkeypatch.setattr(script, "create_train_state", create)
-    assert equal(longer, train(script, small_mnist, checkpoint_dir=tmp_path / "b"))
-
-
-def test_orbax_is_imported_for_checkpoints_only(small_mnist):
-    program = (
-        "import sys, mlp_flax as s; from pathlib import Path\n"
-        "s.main(s.Config(data_dir=Path(sys.argv[1]), max_steps=1))\n"
-        "assert not any(name.startswith('orbax') for name in sys.modules)\n"
-    )
-    command = [sys.executable, "-c", program, small_mnist]
-    subprocess.run(command, cwd=ROOT, check=True)
+    path = tmp_path / "a"
+    run(flax_script, small_mnist, *RUN[:2], "--epochs", 2, "--checkpoint", path)
+    longer = run(flax_script, small_mnist, *RUN, "--checkpoint", path)
+    assert len(longer.steps) == 10
+    # Adam's last step, of one third of the way down, is larger than on the short way.
+    assert not equal(longer.state, run(flax_script, small_mnist, *RUN).state)
 
 
 @pytest.mark.parametrize(
-    ("options", "reason"),
+    ("options", "difference"),
     [
-        ({"seed": 1}, "seed 0, not 1"),
-        ({"batch_size": 32}, "batch size 64, not 32"),
-        ({"learning_rate": 0.01}, "learning rate 0.001, not 0.01"),
-        ({"train_examples": 600}, "training examples 640, not 600"),
-        ({"epochs": 1}, "step 20 already, and the run is to end with step 10"),
-        ({"stage": "mlp_flax_bn_dropout"}, "script mlp_flax, not mlp_flax_bn_dropout"),
-        ({"layers": (64, 10)}, r"layer sizes \[512, 512, 10\], not \[64, 10\]"),
+        (["--seed", 1], "{'seed': 0}"),
+        (["--batch-size", 32], "{'batch_size': 64}"),
+        (["--learning-rate", 0.01], "{'learning_rate': 0.001}"),
+        (["--train-examples", 600], "{'images': 640}"),
     ],
 )
-def test_checkpoint_of_another_run(options, reason, saved, small_mnist, monkeypatch):
-    script = load(options.pop("stage", "mlp_flax"))
-    monkeypatch.setattr(
-        script, "LAYER_SIZES", options.pop("layers", script.LAYER_SIZES)
+def test_checkpoint_of_another_run(options, difference, saved, small_mnist):
+    before = saved.read_bytes()
+    with pytest.raises(SystemExit) as caught:
+        run(load(STAGE_2), small_mnist, *RUN, *options, "--checkpoint", saved)
+    assert caught.value.code == (
+        f"error: {saved} is not a checkpoint of this run: that one has {difference}"
     )
-    before = contents(saved)
-    with pytest.raises(UserError, match=reason) as caught:
-        train(script, small_mnist, checkpoint_dir=saved, **options)
-    assert str(saved) in str(caught.value)
-    assert contents(saved) == before
+    assert saved.read_bytes() == before
 
 
-def flip(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
-def largest(directory):
-    files = [path for path in directory.rglob("*") if path.is_file()]
-    return max(files, key=lambda path: path.stat().st_size)
+def test_checkpoint_of_another_script_model_or_data(
+    saved, small_mnist, tmp_path, monkeypatch
+):
+    before = saved.read_bytes()
+    options = [*RUN, "--checkpoint", saved]
+    with pytest.raises(SystemExit, match=r"'script': 'mlp_flax.py'"):
+        run(load(STAGE_3), small_mnist, *options, "--learning-rate", 1e-3)
+    script = load(STAGE_2)
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "load_mnist", lambda _: (*digits, "drawn digits"))
+        digits = common.load_mnist(small_mnist)[:2]
+        with pytest.raises(SystemExit, match="'data': 'MNIST'"):
+            run(script, small_mnist, *options)
+    monkeypatch.setattr(
+        script, "MLP", lambda: load(STAGE_3).nn.Dense(10)
+    )  # some other model
+    with pytest.raises(SystemExit, match="'parameters': 669706"):
+        run(script, small_mnist, *options)
+    assert saved.read_bytes() == before
 
 
 @pytest.mark.parametrize(
-    "damage",
+    "content",
     [
-        lambda step: flip(largest(step)),
-        lambda step: os.truncate(largest(step), 100),
-        lambda step: largest(step).unlink(),
-        lambda step: (step / "run" / "metadata").write_text("{"),
-        lambda step: (step / "state" / "_METADATA").unlink(),
+        b"",
+        b"holiday photos",
+        b"\x01",
+        b"\xa3abc",
+        serialization.to_bytes({"params": np.zeros(3)}),
+        serialization.to_bytes({"run": {}, "state": {"params": np.zeros(3)}}),
+        serialization.to_bytes({"run": 3, "state": {}}),
     ],
-    ids=["flipped", "truncated", "deleted", "run", "metadata"],
 )
-def test_damaged_checkpoint(damage, saved, small_mnist):
-    damage(saved / "20")
-    before = contents(saved)
-    with pytest.raises(UserError, match=f"read step 20 .*; delete {saved / '20'}"):
-        train(load("mlp_flax"), small_mnist, checkpoint_dir=saved)
-    assert contents(saved) == before
+def test_no_checkpoint_at_all(content, flax_script, small_mnist, tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(content)
+    with pytest.raises(SystemExit) as caught:
+        run(flax_script, small_mnist, "--checkpoint", path)
+    message = caught.value.code
+    assert message.startswith(f"error: {path} is not a checkpoint of this run: ")
+    assert "\n" not in message
+    assert path.read_bytes() == content
 
 
-def test_directory_of_something_else(small_mnist, tmp_path):
-    (tmp_path / "holiday.txt").write_text("photos")
-    with pytest.raises(UserError, match=f"{tmp_path}: it holds holiday.txt"):
-        train(load("mlp_flax"), small_mnist, checkpoint_dir=tmp_path)
-    with pytest.raises(UserError, match="holiday.txt: .*exists"):
-        train(load("mlp_flax"), small_mnist, checkpoint_dir=tmp_path / "holiday.txt")
-    assert contents(tmp_path) == {tmp_path / "holiday.txt": b"photos"}
+def test_half_a_checkpoint(saved, small_mnist):
+    half = saved.read_bytes()[:1_000_000]
+    saved.write_bytes(half)
+    with pytest.raises(SystemExit, match="is not a checkpoint of this run"):
+        run(load(STAGE_2), small_mnist, *RUN, "--checkpoint", saved)
+    assert saved.read_bytes() == half
 
 
-def test_directory_is_not_writable(saved, small_mnist, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(UserError, match=f"{saved}: Permission denied; name another"):
-        train(load("mlp_flax"), small_mnist, checkpoint_dir=saved)
+def test_checkpoint_is_a_directory(flax_script, small_mnist, tmp_path):
+    with pytest.raises(SystemExit, match=f"error: {tmp_path} is not .*directory"):
+        run(flax_script, small_mnist, "--checkpoint", tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("when", ["before", "while saving"])
-def test_disk_is_full(when, saved, small_mnist, monkeypatch):
-    def fail(*args, **kwargs):
+@pytest.mark.parametrize("when", ["writing", "replacing"])
+def test_disk_is_full(when, flax_script, small_mnist, tmp_path, monkeypatch):
+    path = tmp_path / "a"
+    options = [*RUN, "--checkpoint", path]
+    run(flax_script, small_mnist, *options, "--max-steps", 5)
+    before, real = path.read_bytes(), Path.write_bytes
+
+    def fail(self, content=None):
+        if when == "writing":
+            real(self, content[:1000])  # as far as it goes
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    before = contents(saved)
-    if when == "before":
-        usage = shutil.disk_usage(saved)._replace(free=1_000_000)
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    else:
-        monkeypatch.setattr(ocp.CheckpointManager, "save", fail)
-    with pytest.raises(UserError, match=f"{saved}: .*No space left on device; free"):
-        train(load("mlp_flax"), small_mnist, checkpoint_dir=saved)
-    assert contents(saved) == before
+    name = {"writing": "write_bytes", "replacing": "replace"}[when]
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, name, fail)
+        with pytest.raises(SystemExit) as caught:
+            run(flax_script, small_mnist, *options)
+    assert caught.value.code.startswith("error: cannot save the checkpoint: ")
+    assert os.strerror(errno.ENOSPC) in caught.value.code
+    assert str(path) in caught.value.code
+    assert path.read_bytes() == before
+    whole = run(flax_script, small_mnist, *RUN)  # and the next run goes on from there
+    assert equal(whole.state, run(flax_script, small_mnist, *options).state)
 
 
-def test_diverged_state_is_not_saved(script, small_mnist, tmp_path):
-    with pytest.raises(UserError, match="at step 10;"):
-        train(
-            script,
-            small_mnist,
-            learning_rate=1e30,
-            eval_every=15,
-            checkpoint_dir=tmp_path / "a",
-        )
-    assert steps(tmp_path / "a") == []
+def test_diverged_state_is_not_saved(flax_script, small_mnist, tmp_path):
+    path = tmp_path / "a"
+    options = [*RUN, "--learning-rate", 1e30, "--checkpoint", path]
+    with pytest.raises(SystemExit, match="diverged at step 10;"):
+        run(flax_script, small_mnist, *options)
+    assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", STAGES)
-def test_killed_at_random_moments(name, kills, small_mnist, tmp_path):
-    """60 epochs of 2 updates each, so that much of the time goes into saving."""
-    script, directory = load(name), tmp_path / "a"
-    options = {"epochs": 60, "batch_size": 320}
-    whole = train(script, small_mnist, **options)
-    command = [sys.executable, ROOT / f"{name}.py", "--data-dir", small_mnist]
-    command += ["--epochs", "60", "--batch-size", "320", "--checkpoint-dir", directory]
-    rng = random.Random(name)
-    for _ in range(kills):
-        complete = [p.name for p in directory.glob("*") if p.name.isdecimal()]
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        begin = [process.stdout.readline() for _ in range(4)]
-        if complete:
-            last = max(map(int, complete))
-            assert begin[3] == f"resuming from step {last} in {directory}\n"
-        while not complete and not list(directory.glob("[0-9]*[0-9]")):
-            assert process.poll() is None
-            time.sleep(0.01)  # the first run is killed after its first checkpoint
-        time.sleep(rng.uniform(0, 0.5))
-        process.kill()
-        assert "error" not in process.communicate()[1]
-    assert equal(whole, train(script, small_mnist, checkpoint_dir=directory, **options))
-    assert steps(directory) == [118, 120]
+def test_without_the_option_nothing_is_written(flax_script, small_mnist, tmp_path):
+    before = sorted(ROOT.iterdir())
+    run(flax_script, small_mnist, "--max-steps", 1)
+    assert sorted(ROOT.iterdir()) == before
 
 
-@pytest.mark.parametrize("name", STAGES)
-def test_readme_snippet(name, small_mnist, tmp_path, monkeypatch, capsys):
-    script = load(name)
-    train(script, small_mnist, checkpoint_dir=tmp_path / "checkpoints")
-    shutil.copytree(small_mnist, tmp_path / "data")
-    monkeypatch.chdir(tmp_path)
-    snippet = re.search(
-        r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
-    )[1]
-    if name == "mlp_flax_bn_dropout":  # the README says what to change
-        snippet = snippet.replace("mlp_flax", name)
-        snippet = snippet.replace(
-            '{"params": state["params"]}, image',
-            '{"params": state["params"], "batch_stats": state["batch_stats"]}, '
-            "image, train=False",
-        )
-    capsys.readouterr()
-    exec(snippet, {})  # noqa: S102 - as it stands in the README
-    digits = common.load_mnist(small_mnist)[1]
-    assert re.fullmatch(r"predicted \d, is (\d)\n", capsys.readouterr().out)[1] == str(
-        digits.labels[0]
+def start(name, data_dir, path):
+    options = ["--epochs", "12", "--batch-size", "160", "--eval-every", "3"]
+    command = [sys.executable, ROOT / f"{name}.py", "--data-dir", data_dir, *options]
+    return subprocess.Popen(
+        [*command, "--checkpoint", path],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(kills, small_mnist, tmp_path):
+    """48 steps, 4 an epoch, saved every 3, so that much time goes into saving."""
+    rng = random.Random(kills)
+    whole = {name: start(name, small_mnist, tmp_path / name) for name in SCRIPTS[1:]}
+    for name, process in whole.items():
+        stdout, _ = process.communicate()
+        assert process.returncode == 0
+        last_line = stdout.splitlines()[-1]
+        path = tmp_path / f"{name}, killed"
+        for _ in range(kills):
+            process = start(name, small_mnist, path)
+            before = path.read_bytes() if path.exists() else b""
+            while not path.exists() or path.read_bytes() == before:
+                assert process.poll() is None
+                time.sleep(0.01)  # each run does something before its end
+            time.sleep(rng.uniform(0, 0.3))
+            process.kill()
+            assert process.communicate()[1] == ""
+        stdout, _ = start(name, small_mnist, path).communicate()
+        assert "going on from step " in stdout
+        assert stdout.splitlines()[-1] == last_line
+        assert path.read_bytes() == (tmp_path / name).read_bytes()

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from helpers import load
+from helpers import load, run
 
 import common
 
@@ -15,8 +15,7 @@ KEY = jax.random.key(5)
 
 @pytest.fixture
 def state():
-    keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
-    return stage.create_train_state(keys, 1e-3, 10)
+    return stage.create_train_state(jax.random.key(0), jax.random.key(1), 1e-3, 10)
 
 
 @pytest.fixture
@@ -125,7 +124,7 @@ def test_running_statistics_equal_pytorch(state, batch):
         np.testing.assert_allclose(stats["var"], biased, 1e-4, 1e-5)
 
 
-def test_dropout_drops_the_given_shares(state, batch):
+def test_dropout_drops_the_given_fractions(state, batch):
     """Counted where the network drops: zeros after dropout, of units that were on."""
     model = stage.MLP()
     variables = {"params": state.params, "batch_stats": state.batch_stats}
@@ -140,5 +139,38 @@ def test_dropout_drops_the_given_shares(state, batch):
     for i, rate in enumerate((0.3, 0.4)):
         before = kept["intermediates"][f"layers_{i}"]["__call__"][0] > 0
         after = kept["intermediates"][f"dropouts_{i}"]["__call__"][0] > 0
-        share = 1 - after.sum() / before.sum()
-        assert abs(share - rate) < 0.03
+        fraction = 1 - after.sum() / before.sum()
+        assert abs(fraction - rate) < 0.03
+
+
+def test_a_batch_of_one_image_is_refused(small_mnist, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run(stage, small_mnist, "--batch-size", 1)
+    assert caught.value.code == 2
+    assert "argument --batch-size: invalid value 1" in capsys.readouterr().err
+
+
+def test_loss_and_statistics_are_of_the_parameters_before_the_step(state, batch):
+    """The loss that train_step returns, computed by hand from the same masks."""
+    x, y = batch
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    logits, _ = stage.MLP().apply(
+        variables,
+        x,
+        train=True,
+        rngs={"dropout": jax.random.fold_in(KEY, state.step)},
+        mutable=["batch_stats"],
+    )
+    log_probs = jax.nn.log_softmax(logits)
+    expected = -np.mean([p[label] for p, label in zip(log_probs, y)])
+    new, loss = stage.train_step(copy(state), x, y, KEY)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    assert new.step == 1
+
+
+def test_step_moves_every_leaf_and_donates_the_old_state(state, batch):
+    before = jax.tree.map(np.array, state)
+    new, _ = stage.train_step(state, *batch, KEY)
+    assert all(differ(before, new))
+    old = jax.tree.leaves((state.params, state.opt_state, state.batch_stats))
+    assert all(leaf.is_deleted() for leaf in old)

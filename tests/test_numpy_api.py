@@ -1,6 +1,6 @@
 """Stage 1: the hand-written loss, gradient, forward pass, update and schedule."""
 
-import itertools
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 import torch
-from helpers import load
+from helpers import equal, load, run
 
 import common
 
@@ -38,6 +38,7 @@ def test_init(params):
     assert not any(b.any() for _, b in layers)
     w, _ = stage.random_layer_params(784, 512, jax.random.key(0))
     assert np.isclose(w.std(), np.sqrt(2 / 784), rtol=0.01)
+    assert stage.LAYER_SIZES == (784, 512, 512, 10)
     # Keys are split: the first weights of two layers are not the same numbers.
     equal_layers = stage.init_network_params([16, 16, 16], jax.random.key(0))
     assert not np.array_equal(equal_layers[0][0], equal_layers[1][0])
@@ -111,28 +112,35 @@ def test_update_takes_layers_of_three_arrays(params, batch):
         assert np.array_equal(extra, jnp.ones(3))
 
 
-def test_learning_rate_decays_each_step_and_never_recompiles(
-    small_mnist, monkeypatch, params, batch
-):
-    rates = []
-    update = stage.sgd_update
+def test_learning_rate_decays_each_step_from_initial_to_final(small_mnist):
+    result = run(stage, small_mnist, "--epochs", 2, "--batch-size", 64)
+    rates = [step.rest[0] for step in result.steps]
+    expected = np.geomspace(0.3, stage.FINAL_LEARNING_RATE, 21)
+    np.testing.assert_allclose(rates, expected[:20])
+    assert all(isinstance(rate, float) for rate in rates)
+    rates = [
+        step.rest[0]
+        for step in run(
+            stage, small_mnist, "--learning-rate", 0.1, "--max-steps", 2
+        ).steps
+    ]
+    total = 5 * (640 // 32)  # --max-steps stops early on the same schedule
+    expected = np.geomspace(0.1, stage.FINAL_LEARNING_RATE, total + 1)
+    np.testing.assert_allclose(rates, expected[:2])
 
-    def spy(params, x, y, lr):
-        rates.append(lr)
-        return update(params, x, y, lr)
 
-    monkeypatch.setattr(stage, "sgd_update", spy)
-    config = stage.Config(data_dir=small_mnist, epochs=2, batch_size=64)
-    stage.main(config)
-    assert len(rates) == 20
-    assert rates[0] == config.learning_rate
-    assert all(later < earlier for earlier, later in itertools.pairwise(rates))
-    end = stage.learning_rate_at(20, config.learning_rate, 20)
-    assert np.isclose(end, stage.DECAY * config.learning_rate)
-    assert end < rates[-1]
-
-    update(params, *batch, 0.5)
-    compiled = update._cache_size()
+def test_another_learning_rate_compiles_nothing_anew(params, batch):
+    stage.sgd_update(params, *batch, 0.5)
+    compiled = stage.sgd_update._cache_size()
     for lr in (0.4, 0.3, 0.2):
-        update(params, *batch, lr)
-    assert update._cache_size() == compiled
+        stage.sgd_update(params, *batch, lr)
+    assert stage.sgd_update._cache_size() == compiled
+
+
+def test_training_goes_on_from_the_updated_parameters(small_mnist):
+    steps = run(stage, small_mnist, "--max-steps", 3).steps
+    for step, following in pairwise(steps):
+        params = list(zip(step.before[::2], step.before[1::2]))
+        assert equal(
+            stage.sgd_update(params, step.x, step.y, *step.rest), following.before
+        )

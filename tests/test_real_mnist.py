@@ -48,4 +48,4 @@ def test_default_run_is_ahead_of_the_article_all_the_way(script, at_least, real_
 def test_accuracy_after_one_update(real_mnist):
     """The first line of the article's log of stage 3 says 31.1%."""
     script = load("mlp_flax_bn_dropout")
-    assert script.main(script.Config(data_dir=real_mnist, max_steps=1)) > 0.311
+    assert script.main(["--data-dir", str(real_mnist), "--max-steps", "1"]) > 0.311
