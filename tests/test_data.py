@@ -1,16 +1,14 @@
 """common.py, MNIST: whatever its files, the network or the disk do."""
 
 import errno
+import functools
 import gzip
 import hashlib
 import os
 import re
 import socket
-import subprocess
-import sys
 import tempfile
 import threading
-import time
 import urllib.request
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,12 +17,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torchvision
-from helpers import ROOT, idx, load, write_mnist
+from helpers import idx, load, write_mnist
 
 import common
 from common import DataError
 
-TRAIN, TEST = common.draw_digits(200, seed=4), common.draw_digits(100, seed=5)
+draw_digits = functools.cache(common.draw_digits)
+TRAIN, TEST = draw_digits(200, seed=4), draw_digits(100, seed=5)
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 
 
@@ -53,8 +52,6 @@ def mirror(files, behaviour="good"):
             self.end_headers()
             if behaviour == "truncated":
                 body = body[: len(body) // 2]
-            if behaviour == "slow":
-                time.sleep(0.3)
             if behaviour == "stops" and self.command == "GET":
                 self.wfile.write(body[: len(body) // 2])
                 return stop.wait(60)
@@ -94,6 +91,11 @@ def download_from(archives, monkeypatch):
     return lambda *urls: monkeypatch.setattr(
         torchvision.datasets.MNIST, "mirrors", list(urls)
     )
+
+
+@pytest.fixture(autouse=True)
+def digits_drawn_once(monkeypatch):
+    monkeypatch.setattr(common, "draw_digits", draw_digits)
 
 
 @pytest.fixture
@@ -156,48 +158,57 @@ def test_bad_mirror(behaviour, archives, download_from, timeouts, tmp_path, caps
         assert raw_files(tmp_path) == sorted(common.MNIST_FILES)
 
 
-DOWNLOAD = """
-import sys, torchvision, common
-torchvision.datasets.MNIST.mirrors = [sys.argv[1]]
-torchvision.datasets.MNIST.resources = [a.split("=") for a in sys.argv[3:]]
-print(len(common.load_mnist(sys.argv[2])[0]))
-"""
+def test_interrupted_while_downloading(archives, download_from, tmp_path, monkeypatch):
+    """Whenever it is stopped, no file is there before all of them are."""
+    seen = []
+    unpack = torchvision.datasets.mnist.download_and_extract_archive
 
+    def stop_at_the_last_file(*args, **kwargs):
+        unpack(*args, **kwargs)
+        seen.append(raw_files(tmp_path))
+        if len(seen) == 4:
+            raise KeyboardInterrupt
 
-def start_download(url, data_dir):
-    resources = [f"{name}={md5}" for name, md5 in torchvision.datasets.MNIST.resources]
-    return subprocess.Popen(
-        [sys.executable, "-c", DOWNLOAD, url, data_dir, *resources],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-
-
-def test_killed_while_downloading(archives, download_from, tmp_path):
-    with mirror(archives, "stops") as (url, requested):
-        download_from(url)
-        process = start_download(url, tmp_path)
-        while len(requested) < 2:  # HEAD and GET of the first file
-            assert process.poll() is None
-            time.sleep(0.01)
-        time.sleep(0.2)
-        process.kill()
-        process.communicate()
-    assert not set(raw_files(tmp_path)) & set(common.MNIST_FILES)
     with mirror(archives) as (url, _):
         download_from(url)
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                torchvision.datasets.mnist,
+                "download_and_extract_archive",
+                stop_at_the_last_file,
+            )
+            with pytest.raises(KeyboardInterrupt):
+                common.load_mnist(tmp_path)
+        for names in seen:
+            (scratch,) = names  # on the disk on which the files shall be
+            assert scratch not in common.MNIST_FILES
+        # kill -9 would leave the scratch directory behind
+        (tmp_path / "MNIST" / "raw" / scratch).mkdir(exist_ok=True)
         assert common.load_mnist(tmp_path)[2] == "MNIST"
-        assert set(raw_files(tmp_path)) >= set(common.MNIST_FILES)
+    assert set(raw_files(tmp_path)) == {*common.MNIST_FILES, scratch}
 
 
-def test_two_runs_at_once(archives, download_from, tmp_path):
-    with mirror(archives, "slow") as (url, _):
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_two_runs_at_once(when, archives, download_from, tmp_path, monkeypatch):
+    """A second run downloads and reads the files while the first one does."""
+    real, names = torchvision.datasets.MNIST, []
+
+    class Slow(real):
+        def __init__(self, *args, **kwargs):
+            monkeypatch.setattr(torchvision.datasets, "MNIST", real)
+            if when == "before":
+                names.append(common.load_mnist(tmp_path)[2])
+            super().__init__(*args, **kwargs)
+            if when == "after":
+                names.append(common.load_mnist(tmp_path)[2])
+
+        raw_folder = property(lambda self: f"{self.root}/MNIST/raw")
+
+    with mirror(archives) as (url, _):
         download_from(url)
-        processes = [start_download(url, tmp_path) for _ in range(2)]
-        outputs = [process.communicate()[0] for process in processes]
-    assert outputs == ["200\n"] * 2
+        monkeypatch.setattr(torchvision.datasets, "MNIST", Slow)
+        names.append(common.load_mnist(tmp_path)[2])
+    assert names == ["MNIST"] * 2
     assert raw_files(tmp_path) == sorted(common.MNIST_FILES)
 
 
@@ -301,7 +312,8 @@ def test_file_that_cannot_be_read(tmp_path):
 
 
 def test_drawn_digits_follow_from_their_seed():
-    a, b, c = (common.draw_digits(200, seed) for seed in (0, 0, 1))
+    draw = draw_digits.__wrapped__
+    a, b, c = (draw(200, seed) for seed in (0, 0, 1))
     assert np.array_equal(a.images, b.images)
     assert np.array_equal(a.labels, b.labels)
     assert not np.array_equal(a.images, c.images)
