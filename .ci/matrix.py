@@ -3,8 +3,8 @@
     pip install uv && python .ci/matrix.py
 
 makes an environment for each Python and for both ends of the bounds, runs the tests in
-it, and prints a table. uv finds the Pythons, or fetches them; each environment takes
-some gigabytes while it is tested, and is deleted after that.
+it, and prints a table, a row for each set of versions. uv finds the Pythons, or fetches
+them; each environment takes some gigabytes while it is tested, and is deleted after that.
 """
 
 import argparse
@@ -18,11 +18,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 UV = [sys.executable, "-m", "uv"]
-PACKAGES = ["jax", "flax", "optax", "orbax-checkpoint", "torch", "torchvision", "numpy"]
+PACKAGES = ["jax", "flax", "optax", "torch", "torchvision", "numpy"]
 
 
-def test(python: str, resolution: str, pytest_options: list[str]) -> tuple[list, bool]:
-    """Return a row of versions and results, and whether all tests passed."""
+def test(
+    python: str, resolution: str, pytest_options: list[str]
+) -> tuple[str, list, bool]:
+    """Return Python's release, a row of versions and results, and whether all passed."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         venv = Path(scratch) / "venv"
         interpreter = venv / ("Scripts" if os.name == "nt" else "bin") / "python"
@@ -50,9 +52,9 @@ def test(python: str, resolution: str, pytest_options: list[str]) -> tuple[list,
         )
     print(tests.stdout[-3000:], file=sys.stderr)
     release = re.search(r"(?<=version_info = )\S+", venv_config)[0]
-    summary = re.findall(r"\d+ (?:passed|failed|error)s?", tests.stdout)
-    row = [release, *(versions[p] for p in PACKAGES), ", ".join(summary)]
-    return row, not tests.returncode
+    summary = re.findall(r"\d+ (?:passed|failed|errors?)", tests.stdout)
+    row = [*(versions[p] for p in PACKAGES), ", ".join(summary)]
+    return release, row, not tests.returncode
 
 
 def main() -> None:
@@ -69,18 +71,20 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="run test_smoke.py only")
     args = parser.parse_args()
 
-    header = ["releases", "Python", *PACKAGES, "tests"]
-    table = [header, ["---"] * len(header)]
+    table = {}  # releases, versions and results: the Pythons they were seen on
     all_passed = True
-    for python in args.python:
-        for resolution in args.resolution:
+    for resolution in args.resolution:
+        for python in args.python:
             options = ["test_smoke.py"] if args.smoke else []
-            row, passed = test(python, resolution, options)
+            release, row, passed = test(python, resolution, options)
             all_passed &= passed
-            table.append([resolution.partition("-")[0], *row])
-            print("| " + " | ".join(table[-1]) + " |", file=sys.stderr)
-    for row in table:
+            table.setdefault((resolution.partition("-")[0], *row), []).append(release)
+            print(f"{release} {resolution}: {row}", file=sys.stderr, flush=True)
+    header = ["releases", "Python", *PACKAGES, "tests"]
+    for row in (header, ["---"] * len(header)):
         print("| " + " | ".join(row) + " |")
+    for (releases, *row), pythons in table.items():
+        print("| " + " | ".join([releases, ", ".join(pythons), *row]) + " |")
     sys.exit(not all_passed)
 
 

@@ -1,14 +1,17 @@
 import os
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
-# Every run of a script compiles the same programs: once for all tests is enough.
+# Every run of a script compiles the same programs: once for all tests is enough. Older
+# releases of JAX read wrong programs from the cache, so there it takes longer.
 COMPILED = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+if tuple(map(int, version("jax").split(".")[:2])) >= (0, 7):
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # On a GPU, the processes that tests start must share its memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
