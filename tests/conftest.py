@@ -1,3 +1,4 @@
+import functools
 import os
 import tempfile
 from importlib.metadata import version
@@ -15,9 +16,21 @@ if tuple(map(int, version("jax").split(".")[:2])) >= (0, 7):
 # On a GPU, the processes that tests start must share its memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
+import optax
 from helpers import SCRIPTS, load, write_mnist
 
 import common
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traced_once():
+    """The same model and optimizer in each run, for which jit then traces only once."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("adam", "linear_schedule"):
+            patch.setattr(optax, name, functools.cache(getattr(optax, name)))
+        for script in map(load, SCRIPTS[1:]):
+            patch.setattr(script, "MLP", functools.cache(script.MLP))
+        yield
 
 
 @pytest.fixture(scope="session")

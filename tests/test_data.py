@@ -62,7 +62,7 @@ def mirror(files, behaviour="good"):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.handle_error = lambda *args: None  # clients that hang up are expected
     server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}/", requested
     finally:
@@ -100,12 +100,12 @@ def digits_drawn_once(monkeypatch):
 
 @pytest.fixture
 def timeouts(monkeypatch):
-    """The socket timeouts that are set, and a tenth of each in force, to save time."""
+    """The socket timeouts that are set, and a fiftieth of each in force, to save time."""
     real, seen = socket.setdefaulttimeout, []
 
     def set_timeout(seconds):
         seen.append(seconds)
-        real(seconds and seconds / 10)
+        real(seconds and seconds / 50)
 
     monkeypatch.setattr(socket, "setdefaulttimeout", set_timeout)
     return seen

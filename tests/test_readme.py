@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from functools import partial
 from itertools import pairwise
 
 import jax
@@ -301,7 +302,7 @@ def four_devices(directory, options):
     assert {*environment, "XLA_FLAGS"} == {"XLA_FLAGS", PREALLOCATE}
     assert PREALLOCATE in inspect.getsource(jaxlib.xla_client)
     environment["XLA_FLAGS"] += " --xla_force_host_platform_device_count=4"
-    return start(directory, WATCHED, options, **environment)
+    return [start(directory, WATCHED, options, **environment)]
 
 
 def two_processes(directory, options):
@@ -323,42 +324,59 @@ def two_processes(directory, options):
     ]
 
 
-def compare_with_one_device(directory, data_dir, path, options):
-    options = ["--data-dir", data_dir, *options]
-    one = run(load(STAGE_2), *options[1:])
-    processes = [four_devices(directory, [*options, "--checkpoint", path / "four"])]
-    first = processes[0].communicate(timeout=600)
-    processes += two_processes(directory, [*options, "--checkpoint", path / "two"])
-    outputs = [first, *(p.communicate(timeout=600) for p in processes[1:])]
-    assert [p.returncode for p in processes] == [2, 0, 0], outputs
-    # After its run, the first one got a batch that four devices do not divide.
-    message = outputs[0][1].splitlines()[-1]
-    assert message.endswith("error: argument --batch-size: 4 devices do not divide it")
-    four, two, silent = (
+def compare_with_one_device(start, data_dir, path, options):
+    """Run, and return the processes' outputs; all but the first print nothing."""
+    one = run(load(STAGE_2), data_dir, *options)
+    options = ["--data-dir", data_dir, *options, "--checkpoint", path / "saved"]
+    processes = start(options)
+    outputs = [process.communicate() for process in processes]
+    lines, *silent = (
         [line for line in out.splitlines() if "Gloo" not in line] for out, _ in outputs
     )
-    assert silent == [], "one process prints"
-    for lines in (four, two):
-        assert lines[:3] == one.lines[:3]
-        log = [LINE.fullmatch(line).groupdict() for line in lines[3:-1]]
-        assert [line["step"] for line in log] == [line["step"] for line in one.log]
-        for line, expected in zip(log[:2], one.log[:2]):
-            loss, alone = float(line["loss"]), float(expected["loss"])
-            assert loss == pytest.approx(alone, abs=2e-4)
-        final = float(re.search(r"accuracy: (.*)%", lines[-1])[1])
-        assert abs(final - 100 * one.accuracy) <= 0.3 + 1e-9
-    assert {p.name for p in path.iterdir()} == {"four", "two"}, "one process saves"
+    assert not any(silent), "one process prints"
+    lines = lines[: len(one.lines)]
+    assert lines[:3] == one.lines[:3], outputs
+    log = [LINE.fullmatch(line).groupdict() for line in lines[3:-1]]
+    assert [line["step"] for line in log] == [line["step"] for line in one.log]
+    for line, expected in zip(log[:2], one.log[:2]):
+        assert float(line["loss"]) == pytest.approx(float(expected["loss"]), abs=2e-4)
+    final = float(re.search(r"accuracy: (.*)%", lines[-1])[1])
+    assert abs(final - 100 * one.accuracy) <= 0.3 + 1e-9
+    assert [p.name for p in path.iterdir()] == ["saved"]
+    return [process.returncode for process in processes], outputs
 
 
-def test_diff_for_many_devices(parallel_copy, small_mnist, tmp_path):
-    options = ["--epochs", 3, "--batch-size", 64, "--eval-every", 2, "--max-steps", 12]
-    compare_with_one_device(parallel_copy, small_mnist, tmp_path, options)
+SHORT = ["--epochs", 3, "--batch-size", 64, "--eval-every", 2, "--max-steps", 12]
+EPOCH = ["--epochs", 1, "--eval-every", 100]
+BOTH = pytest.mark.parametrize(
+    ("data_dir", "options"),
+    [
+        ("small_mnist", SHORT),
+        pytest.param("real_mnist", EPOCH, marks=pytest.mark.slow),
+    ],
+)
+
+
+@BOTH
+def test_diff_on_four_devices(data_dir, options, parallel_copy, tmp_path, request):
+    data_dir = request.getfixturevalue(data_dir)
+    codes, outputs = compare_with_one_device(
+        partial(four_devices, parallel_copy), data_dir, tmp_path, options
+    )
+    # After its run, it got a batch that four devices do not divide.
+    assert codes == [2]
+    message = outputs[0][1].splitlines()[-1]
+    assert message.endswith("error: argument --batch-size: 4 devices do not divide it")
 
 
 @pytest.mark.slow
-def test_diff_for_many_devices_on_real_mnist(parallel_copy, real_mnist, tmp_path):
-    options = ["--epochs", 1, "--eval-every", 100]
-    compare_with_one_device(parallel_copy, real_mnist, tmp_path, options)
+@BOTH
+def test_diff_in_two_processes(data_dir, options, parallel_copy, tmp_path, request):
+    data_dir = request.getfixturevalue(data_dir)
+    codes, outputs = compare_with_one_device(
+        partial(two_processes, parallel_copy), data_dir, tmp_path, options
+    )
+    assert codes == [0, 0], outputs
 
 
 def test_options_are_those_of_the_scripts():

@@ -210,14 +210,16 @@ def test_max_steps_0_evaluates_the_untrained_network(script, small_mnist):
 
 
 def test_epochs_and_batch_size(script, small_mnist):
-    steps = run(script, small_mnist, "--batch-size", 300, "--epochs", 3).steps
-    assert [step.x.shape for step in steps] == [(300, 784)] * 6
-    assert [step.y.shape for step in steps] == [(300,)] * 6
+    steps = run(script, small_mnist, "--batch-size", 100, "--epochs", 3).steps
+    assert [step.x.shape for step in steps] == [(100, 784)] * 18
+    assert [step.y.shape for step in steps] == [(100,)] * 18
 
 
-@pytest.mark.parametrize(("examples", "count"), [(100, 100), (641, 640)])
-def test_train_examples_are_the_first(script, examples, count, small_mnist):
-    options = ["--train-examples", examples, "--batch-size", 20, "--epochs", 1]
+@pytest.mark.parametrize(
+    ("examples", "batch_size", "count"), [(450, 50, 450), (641, 64, 640)]
+)
+def test_train_examples_are_the_first(script, examples, batch_size, count, small_mnist):
+    options = ["--train-examples", examples, "--batch-size", batch_size, "--epochs", 1]
     result = run(script, small_mnist, *options)
     assert result.lines[0] == f"data: MNIST, {count} training and 300 test images"
     seen = np.concatenate([step.x for step in result.steps])
@@ -269,16 +271,15 @@ def test_wrong_option_before_any_data_is_touched(script, tmp_path):
 def test_largest_numbers_work(script, small_mnist):
     most = 2**31 - 1
     options = ["--epochs", most, "--eval-every", most, "--seed", most]
-    assert len(run(script, small_mnist, *options, "--max-steps", 2).steps) == 2
+    options += ["--batch-size", 64, "--max-steps", 2]
+    assert len(run(script, small_mnist, *options).steps) == 2
     options = ["--epochs", 1, "--max-steps", most, "--train-examples", most]
-    assert len(run(script, small_mnist, *options).steps) == 640 // (
-        128 if script.__name__ == STAGE_3 else 32
-    )
+    assert len(run(script, small_mnist, *options, "--batch-size", 64).steps) == 10
 
 
 @pytest.mark.parametrize("step", [1, 5])
 def test_parameters_or_loss_that_are_not_finite(script, step, small_mnist, capsys):
-    options = ["--learning-rate", "1e30", "--eval-every", step]
+    options = ["--learning-rate", "1e30", "--eval-every", step, "--batch-size", 64]
     with pytest.raises(SystemExit) as caught:
         script.main(["--data-dir", str(small_mnist), *map(str, options)])
     assert caught.value.code == f"error: diverged at step {step}; lower --learning-rate"
@@ -309,7 +310,7 @@ def test_one_number_that_is_not_finite(script, part, small_mnist, monkeypatch):
 
     monkeypatch.setattr(script, name, wrapper)
     with pytest.raises(SystemExit, match="diverged at step 2;"):
-        script.main(["--data-dir", str(small_mnist), "--eval-every", "2"])
+        run(script, small_mnist, "--eval-every", 2, "--batch-size", 64)
 
 
 def test_lines_come_at_once_through_a_pipe(script, small_mnist, monkeypatch):
