@@ -19,24 +19,6 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-MNIST_FILES = [
-    f"{split}-{kind}-ubyte"
-    for split in ("train", "t10k")
-    for kind in ("images-idx3", "labels-idx1")
-]
-
-
-class DataError(Exception):
-    """The data cannot be used; the message names the file and the remedy."""
-
-
-class FlattenAndCast:
-    """Transform: uint8 (..., 28, 28) or a PIL image to float32 (..., 784) in [0, 1]."""
-
-    def __call__(self, image: Any) -> np.ndarray:
-        pixels = np.asarray(image)
-        return pixels.reshape(*pixels.shape[:-2], -1) / np.float32(255)
-
 
 class ArrayDataset(Dataset):
     """Images (N, ...), labels (N, ...) in memory; `transform` takes one or a batch."""
@@ -68,13 +50,11 @@ def numpy_collate(batch: Sequence[Any]) -> Any:
 
 
 class JAXRandomSampler(Sampler[int]):
-    """A fresh permutation of range(len(data_source)) each epoch.
-
-    `rng_key` and the attribute `epoch`, which counts up by itself, decide it alone.
-    """
+    """A fresh permutation of `data_source` each epoch, from `rng_key` and `epoch` alone."""
 
     def __init__(self, data_source: Sized, rng_key: jax.Array):
-        self.data_source, self.rng_key, self.epoch = data_source, rng_key, 0
+        self.data_source, self.rng_key = data_source, rng_key
+        self.epoch = 0  # counts up by itself, and may be set
 
     def __len__(self) -> int:
         return len(self.data_source)
@@ -82,7 +62,7 @@ class JAXRandomSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         key = jax.random.fold_in(self.rng_key, self.epoch)
         self.epoch += 1
-        # jax.random.permutation says the same, but takes ten times as long on a CPU.
+        # The order of random numbers: jax.random.permutation takes ten times as long.
         bits = np.asarray(jax.random.bits(key, (len(self),), "uint32"))
         return iter(bits.argsort(kind="stable").tolist())
 
@@ -114,7 +94,7 @@ class NumpyLoader(DataLoader):
         super().__init__(dataset, batch_size, **kwargs)
 
     def batches_from(self, step: int) -> Iterator[Any]:
-        """Yield batches without end, epoch after epoch: those of a run after `step`.
+        """Yield the batches that follow `step` steps, epoch after epoch, without end.
 
         To begin in the middle of an epoch, its first batches are loaded and skipped.
         """
@@ -125,11 +105,30 @@ class NumpyLoader(DataLoader):
             epoch, skip = epoch + 1, 0
 
 
+MNIST_FILES = [
+    f"{split}-{kind}-ubyte"
+    for split in ("train", "t10k")
+    for kind in ("images-idx3", "labels-idx1")
+]
+
+
+class DataError(Exception):
+    """The data cannot be used; the message names the file and the remedy."""
+
+
+class FlattenAndCast:
+    """Transform: uint8 (..., 28, 28) or a PIL image to float32 (..., 784) in [0, 1]."""
+
+    def __call__(self, image: Any) -> np.ndarray:
+        pixels = np.asarray(image)
+        return pixels.reshape(*pixels.shape[:-2], -1) / np.float32(255)
+
+
 def load_mnist(data_dir: str | Path) -> tuple[ArrayDataset, ArrayDataset, str]:
     """Return the training set, the test set, and what to call them in the log.
 
     MNIST is read from `data_dir`/MNIST/raw, torchvision's layout; what is missing there
-    is downloaded. Where that fails, the sets are drawn digits, and stderr says why.
+    is downloaded. If none can be had, the sets are drawn digits, and stderr says why.
     Images are float32 (784,) in [0, 1], labels int32 from 0 to 9. Raises DataError.
     """
     raw = Path(data_dir, "MNIST", "raw")
@@ -149,9 +148,9 @@ def load_mnist(data_dir: str | Path) -> tuple[ArrayDataset, ArrayDataset, str]:
 
 
 def download_mnist(raw: Path, missing: list[str]) -> None:
-    """Download MNIST beside `raw`'s files and move what is missing: it appears whole.
+    """Download to a scratch directory, then move what is missing: files appear whole.
 
-    Raises ConnectionError if no mirror has it, another OSError if the disk is at fault.
+    Raises ConnectionError if no mirror has them, another OSError if the disk is full.
     """
     from torchvision.datasets import MNIST  # imported late: that takes a second
 

@@ -25,7 +25,7 @@ from torch.utils.data import Subset
 
 from common import DataError, NumpyLoader, load_mnist
 
-LAYER_SIZES = (512, 512, 10)  # outputs of each layer
+LAYER_SIZES = (512, 512, 10)  # outputs of each layer; the last ones are the classes
 FINAL_LEARNING_RATE = 1e-5
 EVAL_BATCH_SIZE = 2000
 INF = float("inf")
@@ -45,7 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--max-steps", default=INF, help="stop after N steps, then evaluate")
     add("--train-examples", help="only the first N training images; None: all")
     add("--eval-every", help="evaluate (and save) every N steps; None: each epoch")
-    add("--checkpoint", metavar="FILE", type=Path, help="save here, or go on from here")
+    add("--checkpoint", metavar="FILE", type=Path, help="save and go on from here")
     return parser
 
 
@@ -67,7 +67,7 @@ class MLP(nn.Module):
 def create_train_state(
     params_key: Array, learning_rate: float, total_steps: int
 ) -> TrainState:
-    """Return initial parameters, and Adam with a schedule that spans the run."""
+    """Return a state of initial parameters and Adam, whose schedule spans the run."""
     model = MLP()  # model(x) would fail: the parameters come from init
     variables = jax.jit(model.init)(params_key, jnp.zeros((1, 784)))
     schedule = optax.linear_schedule(learning_rate, FINAL_LEARNING_RATE, total_steps)
@@ -106,7 +106,7 @@ def eval_model(state: TrainState, loader: NumpyLoader) -> float:
 
 
 def load_checkpoint(path: Path, run: dict, state: TrainState) -> TrainState:
-    """Return the state that `path` holds; exit if it is of another run than `run`."""
+    """Return the state in `path`; exit with 1 if that is of another run than `run`."""
     try:
         saved = serialization.msgpack_restore(path.read_bytes())
         if difference := dict(saved["run"].items() - run.items()):
@@ -117,7 +117,7 @@ def load_checkpoint(path: Path, run: dict, state: TrainState) -> TrainState:
 
 
 def save_checkpoint(path: Path, run: dict, state: TrainState) -> None:
-    """Replace `path` by a file with `run` and `state`, in one go or not at all."""
+    """Replace `path` by a file of `run` and `state`, in one go or not at all."""
     scratch = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -141,12 +141,11 @@ def main(argv: Sequence[str] | None = None) -> float:
     train_set = Subset(train_set, range(len(train_set))[: args.train_examples])
     n = len(train_set)
     if args.batch_size > n:
-        parser.error(f"argument --batch-size: {args.batch_size} of {n} training images")
+        parser.error(f"argument --batch-size: {args.batch_size} exceeds {n} images")
     print(f"data: {data_name}, {n:,} training and {len(test_set):,} test images")
     print(f"device: {jax.devices()[0].device_kind}")
 
-    key = jax.random.key(args.seed)
-    params_key, shuffle_key = jax.random.split(key)
+    params_key, shuffle_key = jax.random.split(jax.random.key(args.seed))
     train_loader = NumpyLoader(
         train_set, shuffle_key, args.batch_size, shuffle=True, drop_last=True
     )
@@ -169,11 +168,12 @@ def main(argv: Sequence[str] | None = None) -> float:
 
     batches = train_loader.batches_from(int(state.step))
     for step in range(int(state.step) + 1, last_step + 1):
-        x, y = next(batches)
+        x, y = next(batches)  # NumPy arrays: jit moves them to the device
         state, loss = train_step(state, x, y)
         if step % eval_every == 0 or step == last_step:
-            norm = sum(np.vdot(a, a) for a in jax.tree.leaves((loss, state)))
-            if not np.isfinite(norm):
+            # A NaN or an infinity anywhere makes the sum of squares one, too.
+            squares = sum(np.vdot(a, a) for a in jax.tree.leaves((loss, state)))
+            if not np.isfinite(squares):
                 sys.exit(f"error: diverged at step {step}; lower --learning-rate")
             epoch = (step - 1) // epoch_steps + 1
             print(

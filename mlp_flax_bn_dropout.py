@@ -1,8 +1,8 @@
 """Stage 3: an MLP on MNIST with Dropout and BatchNorm.
 
-What to see here: dropout needs a random key, another one each step; batch statistics are
-no parameters, so they leave the forward pass beside the logits and travel in the train
-state, unseen by the optimizer; the model is told whether it trains or is evaluated.
+What to see here: dropout needs a random key, another one each step; batch statistics
+are no parameters, so they leave the forward pass beside the logits and travel in the
+train state, unseen by the optimizer; training and evaluation use the model differently.
 
 `python mlp_flax_bn_dropout.py` reaches 98.4% test accuracy in 5 epochs, in 15 s on two
 CPU cores.
@@ -26,7 +26,7 @@ from torch.utils.data import Subset
 
 from common import DataError, NumpyLoader, load_mnist
 
-LAYER_SIZES = (512, 512, 10)  # outputs of each layer
+LAYER_SIZES = (512, 512, 10)  # outputs of each layer; the last ones are the classes
 DROPOUT_RATES = (0.3, 0.4)  # fraction of units dropped after each hidden layer
 FINAL_LEARNING_RATE = 1e-5
 EVAL_BATCH_SIZE = 2000
@@ -47,7 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--max-steps", default=INF, help="stop after N steps, then evaluate")
     add("--train-examples", help="only the first N training images; None: all")
     add("--eval-every", help="evaluate (and save) every N steps; None: each epoch")
-    add("--checkpoint", metavar="FILE", type=Path, help="save here, or go on from here")
+    add("--checkpoint", metavar="FILE", type=Path, help="save and go on from here")
     return parser
 
 
@@ -81,7 +81,7 @@ class CustomTrainState(TrainState):
 def create_train_state(
     params_key: Array, dropout_key: Array, learning_rate: float, total_steps: int
 ) -> CustomTrainState:
-    """Return initial parameters, and Adam with a schedule that spans the run."""
+    """Return a state of initial parameters and Adam, whose schedule spans the run."""
     model = MLP()  # model(x) would fail: the parameters come from init
     keys = {"params": params_key, "dropout": dropout_key}
     init = jax.jit(partial(model.init, train=True))
@@ -134,7 +134,7 @@ def eval_model(state: TrainState, loader: NumpyLoader) -> float:
 
 
 def load_checkpoint(path: Path, run: dict, state: TrainState) -> TrainState:
-    """Return the state that `path` holds; exit if it is of another run than `run`."""
+    """Return the state in `path`; exit with 1 if that is of another run than `run`."""
     try:
         saved = serialization.msgpack_restore(path.read_bytes())
         if difference := dict(saved["run"].items() - run.items()):
@@ -145,7 +145,7 @@ def load_checkpoint(path: Path, run: dict, state: TrainState) -> TrainState:
 
 
 def save_checkpoint(path: Path, run: dict, state: TrainState) -> None:
-    """Replace `path` by a file with `run` and `state`, in one go or not at all."""
+    """Replace `path` by a file of `run` and `state`, in one go or not at all."""
     scratch = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> float:
     train_set = Subset(train_set, range(len(train_set))[: args.train_examples])
     n = len(train_set)
     if args.batch_size > n:
-        parser.error(f"argument --batch-size: {args.batch_size} of {n} training images")
+        parser.error(f"argument --batch-size: {args.batch_size} exceeds {n} images")
     print(f"data: {data_name}, {n:,} training and {len(test_set):,} test images")
     print(f"device: {jax.devices()[0].device_kind}")
 
@@ -198,11 +198,12 @@ def main(argv: Sequence[str] | None = None) -> float:
 
     batches = train_loader.batches_from(int(state.step))
     for step in range(int(state.step) + 1, last_step + 1):
-        x, y = next(batches)
+        x, y = next(batches)  # NumPy arrays: jit moves them to the device
         state, loss = train_step(state, x, y, dropout_key)
         if step % eval_every == 0 or step == last_step:
-            norm = sum(np.vdot(a, a) for a in jax.tree.leaves((loss, state)))
-            if not np.isfinite(norm):
+            # A NaN or an infinity anywhere makes the sum of squares one, too.
+            squares = sum(np.vdot(a, a) for a in jax.tree.leaves((loss, state)))
+            if not np.isfinite(squares):
                 sys.exit(f"error: diverged at step {step}; lower --learning-rate")
             epoch = (step - 1) // epoch_steps + 1
             print(

@@ -22,7 +22,7 @@ from torch.utils.data import Subset
 
 from common import DataError, NumpyLoader, load_mnist
 
-LAYER_SIZES = (784, 512, 512, 10)  # input, and outputs of each layer
+LAYER_SIZES = (784, 512, 512, 10)  # the input, and the outputs of each layer
 FINAL_LEARNING_RATE = 0.03
 EVAL_BATCH_SIZE = 2000
 INF = float("inf")
@@ -123,12 +123,11 @@ def main(argv: Sequence[str] | None = None) -> float:
     train_set = Subset(train_set, range(len(train_set))[: args.train_examples])
     n = len(train_set)
     if args.batch_size > n:
-        parser.error(f"argument --batch-size: {args.batch_size} of {n} training images")
+        parser.error(f"argument --batch-size: {args.batch_size} exceeds {n} images")
     print(f"data: {data_name}, {n:,} training and {len(test_set):,} test images")
     print(f"device: {jax.devices()[0].device_kind}")
 
-    key = jax.random.key(args.seed)
-    params_key, shuffle_key = jax.random.split(key)
+    params_key, shuffle_key = jax.random.split(jax.random.key(args.seed))
     train_loader = NumpyLoader(
         train_set, shuffle_key, args.batch_size, shuffle=True, drop_last=True
     )
@@ -145,13 +144,14 @@ def main(argv: Sequence[str] | None = None) -> float:
 
     batches = train_loader.batches_from(0)
     for step in range(1, last_step + 1):
-        x, y = next(batches)
+        x, y = next(batches)  # NumPy arrays: jit moves them to the device
         lr = learning_rate_at(step - 1, args.learning_rate, total_steps)
         old_params, params = params, sgd_update(params, x, y, lr)
         if step % eval_every == 0 or step == last_step:
             old_loss = loss(old_params, x, y)
-            norm = sum(np.vdot(a, a) for a in jax.tree.leaves((old_loss, params)))
-            if not np.isfinite(norm):
+            # A NaN or an infinity anywhere makes the sum of squares one, too.
+            squares = sum(np.vdot(a, a) for a in jax.tree.leaves((old_loss, params)))
+            if not np.isfinite(squares):
                 sys.exit(f"error: diverged at step {step}; lower --learning-rate")
             epoch = (step - 1) // epoch_steps + 1
             print(
