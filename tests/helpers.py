@@ -65,8 +65,11 @@ class Run(NamedTuple):
     state: object  # the last parameters or train state
 
 
-def run(script, data_dir, *options):
-    """Call the main of a script, given as a module; watch its steps and evaluations."""
+def run(script, data_dir, *options, watch=True):
+    """Call the main of a script, given as a module; watch its evaluations and steps.
+
+    Each step keeps a copy of the whole state, so do not watch those of a long run.
+    """
     step_name, eval_name = "train_step", "eval_model"
     if script.__name__ == STAGE_1:
         step_name, eval_name = "sgd_update", "accuracy"
@@ -85,7 +88,8 @@ def run(script, data_dir, *options):
         return real_eval(state, loader)
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
-        patch.setattr(script, step_name, step)
+        if watch:
+            patch.setattr(script, step_name, step)
         patch.setattr(script, eval_name, evaluate)
         accuracy = script.main(["--data-dir", str(data_dir), *map(str, options)])
     lines = out.getvalue().splitlines()

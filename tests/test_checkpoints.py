@@ -212,7 +212,7 @@ def test_without_the_option_nothing_is_written(flax_script, small_mnist, tmp_pat
 
 
 def start(name, data_dir, path):
-    options = ["--epochs", "12", "--batch-size", "160", "--eval-every", "3"]
+    options = ["--epochs", "120", "--batch-size", "160", "--eval-every", "3"]
     command = [sys.executable, ROOT / f"{name}.py", "--data-dir", data_dir, *options]
     return subprocess.Popen(
         [*command, "--checkpoint", path],
@@ -224,23 +224,23 @@ def start(name, data_dir, path):
 
 @pytest.mark.slow
 def test_killed_at_random_moments(small_mnist, tmp_path):
-    """48 steps, 4 an epoch, saved every 3, so that much time goes into saving."""
+    """480 steps, 4 an epoch, saved every 3, so that much time goes into saving."""
     rng = random.Random(0)
-    whole = {name: start(name, small_mnist, tmp_path / name) for name in SCRIPTS[1:]}
-    for name, process in whole.items():
-        stdout, _ = process.communicate()
-        assert process.returncode == 0
-        last_line = stdout.splitlines()[-1]
-        path = tmp_path / f"{name}, killed"
-        for _ in range(20):
-            process = start(name, small_mnist, path)
-            before = path.read_bytes() if path.exists() else b""
-            while not path.exists() or path.read_bytes() == before:
-                assert process.poll() is None
-                time.sleep(0.01)  # each run does something before its end
+    wholes = {name: start(name, small_mnist, tmp_path / name) for name in SCRIPTS[1:]}
+    last_lines = [p.communicate()[0].splitlines()[-1] for p in wholes.values()]
+    paths = {name: tmp_path / f"{name}, killed" for name in wholes}
+    for _ in range(20):
+        before = {p: p.read_bytes() if p.exists() else b"" for p in paths.values()}
+        processes = [start(name, small_mnist, path) for name, path in paths.items()]
+        for process, path in zip(processes, paths.values()):
+            while not path.exists() or path.read_bytes() == before[path]:
+                if process.poll() is not None:  # it has got to its end
+                    break
+                time.sleep(0.01)  # each run does something before it is killed
             time.sleep(rng.uniform(0, 0.3))
             process.kill()
             assert process.communicate()[1] == ""
+    for (name, path), last_line in zip(paths.items(), last_lines):
         stdout, _ = start(name, small_mnist, path).communicate()
         assert "going on from step " in stdout
         assert stdout.splitlines()[-1] == last_line
