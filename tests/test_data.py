@@ -189,13 +189,14 @@ def test_interrupted_while_downloading(archives, download_from, tmp_path, monkey
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_two_runs_at_once(when, archives, download_from, tmp_path, monkeypatch):
+def test_two_runs_at_once(when, archives, download_from, tmp_path, monkeypatch, capsys):
     """A second run downloads and reads the files while the first one does."""
     real, names = torchvision.datasets.MNIST, []
 
     class Slow(real):
         def __init__(self, *args, **kwargs):
             monkeypatch.setattr(torchvision.datasets, "MNIST", real)
+            print("Downloading ...")  # as older releases do
             if when == "before":
                 names.append(common.load_mnist(tmp_path)[2])
             super().__init__(*args, **kwargs)
@@ -209,6 +210,7 @@ def test_two_runs_at_once(when, archives, download_from, tmp_path, monkeypatch):
         monkeypatch.setattr(torchvision.datasets, "MNIST", Slow)
         names.append(common.load_mnist(tmp_path)[2])
     assert names == ["MNIST"] * 2
+    assert capsys.readouterr().out == "", "stdout belongs to the log"
     assert raw_files(tmp_path) == sorted(common.MNIST_FILES)
 
 
