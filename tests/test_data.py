@@ -151,7 +151,9 @@ def test_bad_mirror(behaviour, archives, download_from, timeouts, tmp_path, caps
         announcement = stderr.splitlines()[-1]
         assert "drawn digits" in announcement
         assert str(tmp_path) in announcement
-        assert re.search("(?i)time|404|corrupt|md5|got:|end|truncated|error", announcement)
+        assert re.search(
+            "(?i)time|404|corrupt|md5|got:|end|truncated|error", announcement
+        )
         assert raw_files(tmp_path) == []
         download_from(good)
         assert common.load_mnist(tmp_path)[2] == "MNIST"

@@ -168,11 +168,13 @@ def test_each_use_of_randomness_has_a_key_of_its_own(script, small_mnist, monkey
             assert not np.allclose(params[0][0], other[0][0])
     else:
         spy("create_train_state")
-        run(script, small_mnist, "--max-steps", 0)
+        (step,) = run(script, small_mnist, "--max-steps", 1).steps
         keys.append(jax.random.key(0))
         numbers = [tuple(jax.random.key_data(key).tolist()) for key in keys]
         assert len(keys) == (4 if script.__name__ == STAGE_3 else 3)
         assert len(set(numbers)) == len(keys)
+        if script.__name__ == STAGE_3:  # shuffling, parameters, dropout, their origin
+            assert tuple(jax.random.key_data(step.rest[0]).tolist()) == numbers[2]
 
 
 def test_epochs_differ_in_order_and_cover_the_set(script, small_mnist):
