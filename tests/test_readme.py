@@ -347,12 +347,12 @@ def compare_with_one_device(start, data_dir, path, options):
 
 
 SHORT = ["--epochs", 3, "--batch-size", 64, "--eval-every", 2, "--max-steps", 12]
-EPOCH = ["--epochs", 1, "--eval-every", 100]
+LONG = ["--epochs", 1, "--eval-every", 100, "--max-steps", 400]
 BOTH = pytest.mark.parametrize(
     ("data_dir", "options"),
     [
         ("small_mnist", SHORT),
-        pytest.param("real_mnist", EPOCH, marks=pytest.mark.slow),
+        pytest.param("real_mnist", LONG, marks=pytest.mark.slow),
     ],
 )
 
