@@ -4,7 +4,7 @@ What to see here: a Flax module stores no parameters, `init` returns them and `a
 takes them; Optax turns gradients into updates; a TrainState holds all that training
 changes, so one jitted step maps the old state to the new, and a checkpoint is a state.
 
-`python mlp_flax.py` reaches 98.5% test accuracy in 5 epochs, in 15 s on two CPU cores.
+`python mlp_flax.py` reaches 98.6% test accuracy in 5 epochs, in 20 s on two CPU cores.
 """
 
 import argparse

@@ -43,10 +43,8 @@ for axis, (stage, script) in zip(axes, bench.SCRIPTS.items()):
         ours.append(measures)
         curves.append(run(script.__file__, *early)[1] | curve)
         if seed < 2:  # it takes several times as long
-            peer = [pytorch_mnist.__file__, "--stage", str(stage)]
-            theirs.append(run(*peer, *options)[0])
-    pairs = np.transpose(ours[: len(theirs)]), np.transpose(theirs)
-    for name, a, b in zip(MEASURES, *pairs):
+            theirs.append(run(pytorch_mnist.__file__, f"--stage={stage}", *options)[0])
+    for name, a, b in zip(MEASURES, np.transpose(ours[:2]), np.transpose(theirs)):
         bench.print_row(f"stage {stage}, {name}", *map(bench.spread, (a, b, a / b)))
     seconds, _, finals = np.transpose(ours)
     lessons = re.search(" with (.*)\\.\n", script.__doc__)[1]
