@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> float:
     print(f"data: {data_name}, {n:,} training and {len(test_set):,} test images")
     print(f"device: {jax.devices()[0].device_kind}")
 
-    params_key, shuffle_key = jax.random.split(jax.random.key(args.seed))
+    shuffle_key, params_key = jax.random.split(jax.random.key(args.seed))
     train_loader = NumpyLoader(
         train_set, shuffle_key, args.batch_size, shuffle=True, drop_last=True
     )
