@@ -4,7 +4,7 @@ What to see here: keys are split, never used twice; the forward pass is written 
 image, and vmap makes the batch; a list of tuples is already a pytree, so one tree.map
 updates all parameters, however many arrays a layer holds.
 
-`python mlp_numpy_api.py` reaches 98.4% test accuracy in 5 epochs, in 20 s on two CPU
+`python mlp_numpy_api.py` reaches 98.3% test accuracy in 5 epochs, in 20 s on two CPU
 cores.
 """
 
