@@ -42,7 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--data-dir", metavar="DIR", type=Path, default=data, help="where MNIST goes")
     add("--epochs", default=5, help="passes over the training set")
     add("--batch-size", default=128, help="images per step")
-    add("--learning-rate", metavar="X", type=float, default=2e-3, help="initial one")
+    add("--learning-rate", metavar="X", type=float, default=3e-3, help="initial one")
     add("--seed", default=0, help="decides all that is random")
     add("--max-steps", default=INF, help="stop after N steps, then evaluate")
     add("--train-examples", help="only the first N training images; None: all")

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from pytorch_mnist import SETTINGS
+from torch.utils.data import Subset
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -16,14 +17,14 @@ sys.path.insert(0, str(ROOT))
 import mlp_flax
 import mlp_flax_bn_dropout
 import mlp_numpy_api
-from common import ArrayDataset, load_mnist
+from common import load_mnist
 
 SCRIPTS = {1: mlp_numpy_api, 2: mlp_flax, 3: mlp_flax_bn_dropout}
 KEY = jax.random.key(0)
 
 
-def setup(doc: str, count: str = "--rounds") -> tuple[argparse.Namespace, ArrayDataset]:
-    """Return the options and MNIST's training set; exit if there is only a stand-in."""
+def setup(doc: str, count: str = "--rounds") -> tuple[argparse.Namespace, Subset]:
+    """Return options and training set, as the scripts load it; exit without MNIST."""
     parser = argparse.ArgumentParser(description=doc)
     parser.add_argument("--data-dir", default=str(ROOT / "data"))
     parser.add_argument(count, type=int, default=5)
@@ -31,7 +32,7 @@ def setup(doc: str, count: str = "--rounds") -> tuple[argparse.Namespace, ArrayD
     train_set, _, name = load_mnist(args.data_dir)
     if name != "MNIST":
         parser.error("the real MNIST is needed: see --data-dir")
-    return args, train_set
+    return args, Subset(train_set, range(len(train_set)))
 
 
 def cut(permutation: Callable, batch_size: int, x, y) -> Iterator[tuple]:

@@ -14,7 +14,7 @@ from common import NumpyLoader
 
 OPTIONS = {"batch_size": 32, "shuffle": True, "drop_last": True}
 args, train_set = bench.setup(__doc__)
-images, labels = train_set[list(range(len(train_set)))]  # float32 (60000, 784)
+images, labels = train_set.__getitems__([*range(60_000)])  # float32 (60000, 784)
 
 
 @cache

@@ -32,7 +32,7 @@ for stage, script in bench.SCRIPTS.items():
     for n, batch_size in SIZES:
         sizes = ["--train-examples", str(n), "--batch-size", str(batch_size)]
         memory = peak_memory(*run, *sizes) / imports
-        part = Subset(train_set, range(n))
+        part = Subset(train_set.dataset, range(n))
         loader = NumpyLoader(part, bench.KEY, batch_size, shuffle=True, drop_last=True)
         name = f"{n:,} in {batch_size}s, memory {memory:.2f}"
         works[name] = bench.repeat(loader.__iter__, *bench.start(stage, len(loader)))

@@ -53,7 +53,7 @@ def start_nnx(functional, steps):
 
 
 args, train_set = bench.setup(__doc__)
-data = train_set[list(range(len(train_set)))]
+data = train_set.__getitems__([*range(60_000)])
 tensors = torch.from_numpy(data[0]), torch.from_numpy(data[1]).long()
 for stage, (batch_size, *_) in SETTINGS.items():
     loader = NumpyLoader(train_set, bench.KEY, batch_size, shuffle=True, drop_last=True)

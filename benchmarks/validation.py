@@ -4,7 +4,7 @@
 
 trains on the first 50,000 training images, evaluates on the last 10,000, and prints the
 mean accuracy over --seeds seeds for a few initial and final learning rates. The choice is
-the smallest initial one, nearest to the article's, within a standard error of the best.
+the setting of the highest mean.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import contextlib
 import io
 import sys
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -21,7 +21,8 @@ import mlp_numpy_api
 from common import ArrayDataset, load_mnist
 
 CANDIDATES = {  # initial, final learning rate
-    mlp_numpy_api: [(i, f) for i in (0.1, 0.2, 0.3, 0.4) for f in (0.01, 0.03)],
+    mlp_numpy_api: [(0.3, 0.01), (0.3, 0.1)]
+    + [(initial, 0.03) for initial in (0.1, 0.2, 0.25, 0.3, 0.4)],
     mlp_flax_bn_dropout: [(i, 1e-5) for i in (1e-3, 2e-3, 3e-3, 5e-3, 1e-2)],
 }
 
@@ -53,20 +54,17 @@ def main() -> None:
     print("| script | initial | final | validation accuracy, % | seeds |")
     print("| --- | --- | --- | --- | --- |")
     for script, candidates in CANDIDATES.items():
-        means, errors = {}, {}
+        means = {}
         for setting in candidates:
             found = [
                 100 * accuracy(script, *setting, seed, args.data_dir)
                 for seed in range(args.seeds)
             ]
             means[setting] = mean(found)
-            errors[setting] = stdev(found) / len(found) ** 0.5
             cells = [f"{rate:g}" for rate in setting]
             cells += [f"{means[setting]:.2f}", " ".join(f"{f:.2f}" for f in found)]
             print(f"| `{script.__name__}.py` | {' | '.join(cells)} |", flush=True)
-        best = max(means, key=means.get)
-        lowest = means[best] - errors[best]
-        choice = min(setting for setting in means if means[setting] >= lowest)
+        choice = max(means, key=means.get)
         print(f"| choice | {choice[0]:g} | {choice[1]:g} | | |", flush=True)
 
 
