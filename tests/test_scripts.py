@@ -281,7 +281,7 @@ def test_largest_numbers_work(script, small_mnist):
 
 @pytest.mark.parametrize("step", [1, 5])
 def test_parameters_or_loss_that_are_not_finite(script, step, small_mnist, capsys):
-    options = ["--learning-rate", "1e30", "--eval-every", step, "--batch-size", 64]
+    options = [*SHORT, "--learning-rate", "1e30", "--eval-every", step]
     with pytest.raises(SystemExit) as caught:
         script.main(["--data-dir", str(small_mnist), *map(str, options)])
     assert caught.value.code == f"error: diverged at step {step}; lower --learning-rate"
@@ -312,7 +312,7 @@ def test_one_number_that_is_not_finite(script, part, small_mnist, monkeypatch):
 
     monkeypatch.setattr(script, name, wrapper)
     with pytest.raises(SystemExit, match="diverged at step 2;"):
-        run(script, small_mnist, "--eval-every", 2, "--batch-size", 64)
+        run(script, small_mnist, *SHORT, "--eval-every", 2)
 
 
 def test_lines_come_at_once_through_a_pipe(script, small_mnist, monkeypatch):
@@ -324,8 +324,8 @@ def test_lines_come_at_once_through_a_pipe(script, small_mnist, monkeypatch):
         real(*args, **kwargs)
 
     monkeypatch.setattr("builtins.print", spy)
-    run(script, small_mnist, "--epochs", 1)
-    assert flushed == [True]
+    run(script, small_mnist, *SHORT)
+    assert flushed == [True, True]
 
 
 def test_control_c(small_mnist):
