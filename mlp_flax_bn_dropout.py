@@ -84,8 +84,8 @@ def create_train_state(
     """Return a state of initial parameters and Adam, whose schedule spans the run."""
     model = MLP()  # model(x) would fail: the parameters come from init
     keys = {"params": params_key, "dropout": dropout_key}
-    init = jax.jit(partial(model.init, train=True))
-    variables = init(keys, jnp.zeros((1, 784)))
+    init = jax.jit(model.init, static_argnames="train")
+    variables = init(keys, jnp.zeros((1, 784)), train=True)
     schedule = optax.linear_schedule(learning_rate, FINAL_LEARNING_RATE, total_steps)
     return CustomTrainState.create(
         apply_fn=model.apply,

@@ -18,6 +18,7 @@ if "MNIST_DIR" not in os.environ:  # the tests compile more than they compute
 # On a GPU, the processes that tests start must share its memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
+import jax
 import optax
 from helpers import SCRIPTS, load, write_mnist
 
@@ -28,6 +29,7 @@ import common
 def traced_once():
     """The same model and optimizer in each run, for which jit then traces only once."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "jit", functools.cache(jax.jit))
         for name in ("adam", "linear_schedule"):
             patch.setattr(optax, name, functools.cache(getattr(optax, name)))
         for script in map(load, SCRIPTS[1:]):
