@@ -330,14 +330,15 @@ def test_lines_come_at_once_through_a_pipe(script, small_mnist, monkeypatch):
 
 def test_control_c(small_mnist):
     options = ["--data-dir", small_mnist, "--epochs", "1000000"]
+    # Tests in a shell's background ignore Ctrl-C, and the script would inherit that.
+    ours = signal.signal(signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(
         [sys.executable, ROOT / "mlp_flax.py", *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # Tests that run in a shell's background ignore Ctrl-C, and so would the script.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
+    signal.signal(signal.SIGINT, ours)
     for line in process.stdout:
         if line.startswith("epoch 2"):
             break
