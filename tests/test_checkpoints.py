@@ -1,6 +1,7 @@
 """Stages 2 and 3: stop any time, resume exactly; and nothing is lost where that fails."""
 
 import errno
+import functools
 import os
 import random
 import subprocess
@@ -19,6 +20,11 @@ import common
 RUN = ["--batch-size", 64, "--epochs", 3]  # 30 steps on small_mnist
 
 
+@functools.cache
+def never_stopped(script, data_dir):
+    return run(script, data_dir, *RUN, watch=False)
+
+
 @pytest.fixture
 def saved(small_mnist, tmp_path):
     """A checkpoint of stage 2 after 20 of 30 steps."""
@@ -29,7 +35,7 @@ def saved(small_mnist, tmp_path):
 
 def test_stopped_and_resumed_equals_never_stopped(flax_script, small_mnist, tmp_path):
     """In the middle of an epoch, before and at its end; the file byte for byte."""
-    plain = run(flax_script, small_mnist, *RUN)
+    plain = never_stopped(flax_script, small_mnist)
     whole, parts = tmp_path / "whole", tmp_path / "new directory" / "parts"
     assert equal(
         plain.state, run(flax_script, small_mnist, *RUN, "--checkpoint", whole).state
@@ -92,7 +98,7 @@ def test_more_epochs_go_on_along_the_longer_schedule(
     longer = run(flax_script, small_mnist, *RUN, "--checkpoint", path)
     assert len(longer.steps) == 10
     # Adam's last step, of one third of the way down, is larger than on the short way.
-    assert not equal(longer.state, run(flax_script, small_mnist, *RUN).state)
+    assert not equal(longer.state, never_stopped(flax_script, small_mnist).state)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +199,7 @@ def test_disk_is_full(when, flax_script, small_mnist, tmp_path, monkeypatch):
     assert os.strerror(errno.ENOSPC) in caught.value.code
     assert str(path) in caught.value.code
     assert path.read_bytes() == before
-    whole = run(flax_script, small_mnist, *RUN)  # and the next run goes on from there
+    whole = never_stopped(flax_script, small_mnist)  # the next run goes on from there
     assert equal(whole.state, run(flax_script, small_mnist, *options).state)
 
 

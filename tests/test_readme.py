@@ -120,8 +120,8 @@ def test_gradient_accumulation(changed, small_mnist):
     # The schedule ends with the run.
     state = result.state.opt_state
     assert int(state.gradient_step) == 20
-    update, _ = result.state.tx.update(
-        jax.tree.map(jnp.ones_like, result.state.params),
+    update, _ = jax.jit(result.state.tx.update)(
+        jax.tree.map(np.ones_like, result.state.params),
         state._replace(mini_step=jnp.int32(3)),
         result.state.params,
     )
@@ -134,8 +134,8 @@ def test_gradient_clipping(changed, small_mnist):
     result = run(changed, small_mnist, *TRAIN)
     assert result.accuracy > 0.5
     state = changed.create_train_state(jax.random.key(0), 1e-3, 10)
-    large = jax.tree.map(lambda p: 1e3 * jnp.ones_like(p), state.params)
-    opt_state = state.apply_gradients(grads=large).opt_state
+    large = jax.tree.map(lambda p: np.full_like(p, 1e3), state.params)
+    opt_state = jax.jit(type(state).apply_gradients)(state, grads=large).opt_state
     mu = optax.tree_utils.tree_get(opt_state, "mu")  # 0.1 times the clipped gradient
     norm = np.sqrt(sum(np.vdot(a, a) for a in leaves(mu)))
     np.testing.assert_allclose(norm, 0.1, rtol=1e-3)
