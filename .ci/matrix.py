@@ -76,7 +76,12 @@ def main() -> None:
     for resolution in args.resolution:
         for python in args.python:
             options = ["test_smoke.py"] if args.smoke else []
-            release, row, passed = test(python, resolution, options)
+            try:
+                release, row, passed = test(python, resolution, options)
+            except subprocess.CalledProcessError as error:  # uv has said why
+                print(f"{python} {resolution}: {error}", file=sys.stderr, flush=True)
+                all_passed = False
+                continue
             all_passed &= passed
             table.setdefault((resolution.partition("-")[0], *row), []).append(release)
             print(f"{release} {resolution}: {row}", file=sys.stderr, flush=True)
