@@ -99,7 +99,7 @@ def test_every_small_change_has_a_test():
 
 @small_change("mixed precision")
 def test_mixed_precision(changed, small_mnist):
-    result = run(changed, small_mnist, *TRAIN)
+    result = run(changed, small_mnist, *TRAIN, watch=False)
     assert result.accuracy > 0.5
     assert {a.dtype.name for a in leaves(result.state.params)} == {"float32"}
     x, y = np.zeros((2, 784), np.float32), np.zeros(2, np.int32)
@@ -131,7 +131,7 @@ def test_gradient_accumulation(changed, small_mnist):
 
 @small_change("gradient clipping")
 def test_gradient_clipping(changed, small_mnist):
-    result = run(changed, small_mnist, *TRAIN)
+    result = run(changed, small_mnist, *TRAIN, watch=False)
     assert result.accuracy > 0.5
     state = changed.create_train_state(jax.random.key(0), 1e-3, 10)
     large = jax.tree.map(lambda p: np.full_like(p, 1e3), state.params)
@@ -143,7 +143,7 @@ def test_gradient_clipping(changed, small_mnist):
 
 @small_change("AdamW, warm-up and cosine decay")
 def test_adamw_warm_up_and_cosine_decay(changed, small_mnist):
-    assert run(changed, small_mnist, *TRAIN).accuracy > 0.5
+    assert run(changed, small_mnist, *TRAIN, watch=False).accuracy > 0.5
     state = changed.create_train_state(jax.random.key(0), 0.1, 100)
     zeros = jax.tree.map(jnp.zeros_like, state.params)
     step = jax.jit(lambda state: state.apply_gradients(grads=zeros))
@@ -162,7 +162,7 @@ def test_adamw_warm_up_and_cosine_decay(changed, small_mnist):
 
 @small_change("a convolutional network")
 def test_convolutional_network(changed, small_mnist):
-    result = run(changed, small_mnist, *TRAIN)
+    result = run(changed, small_mnist, *TRAIN, watch=False)
     assert result.accuracy > 0.5
     shapes = [a.shape for a in leaves(result.state.params)]
     assert (3, 3, 1, 32) in shapes
@@ -174,16 +174,18 @@ def test_convolutional_network(changed, small_mnist):
 def test_another_dataset(changed, small_mnist, tmp_path):
     raw = small_mnist / "MNIST" / "raw"
     shutil.copytree(raw, tmp_path / "FashionMNIST" / "raw")
-    result = run(changed, tmp_path, *TRAIN)
+    result = run(changed, tmp_path, *TRAIN, watch=False)
     assert result.lines[0] == "data: FashionMNIST, 640 training and 300 test images"
     assert result.lines[-1].endswith("% (FashionMNIST)")
-    expected = run(load(STAGE_2), small_mnist, *TRAIN)  # the same files, here
+    expected = run(
+        load(STAGE_2), small_mnist, *TRAIN, watch=False
+    )  # the same files, here
     assert result.accuracy == expected.accuracy > 0.5
 
 
 @small_change("weights for NumPy or PyTorch")
 def test_weights_for_numpy_or_pytorch(changed, small_mnist):
-    state = run(changed, small_mnist, *TRAIN).state
+    state = run(changed, small_mnist, *TRAIN, watch=False).state
     weights = dict(np.load("mlp.npz"))
     assert len(weights) == 6
     x = FlattenAndCast()(common.load_mnist(small_mnist)[1].images)
