@@ -102,22 +102,28 @@ def test_more_epochs_go_on_along_the_longer_schedule(
 
 
 @pytest.mark.parametrize(
-    ("options", "difference"),
+    ("option", "value", "name", "saved_value"),
     [
-        (["--seed", 1], "{'seed': 0}"),
-        (["--batch-size", 32], "{'batch_size': 64}"),
-        (["--learning-rate", 0.01], "{'learning_rate': 0.001}"),
-        (["--train-examples", 600], "{'images': 640}"),
+        ("--seed", 1, "seed", 0),
+        ("--batch-size", 32, "batch_size", 64),
+        ("--learning-rate", 0.01, "learning_rate", 0.002),
+        ("--train-examples", 600, "images", 640),
     ],
 )
-def test_checkpoint_of_another_run(options, difference, saved, small_mnist):
-    before = saved.read_bytes()
+def test_checkpoint_of_another_run(
+    option, value, name, saved_value, flax_script, small_mnist, tmp_path
+):
+    path, options = tmp_path / "a", [*RUN, "--learning-rate", 0.002, "--max-steps", 1]
+    run(flax_script, small_mnist, *options, "--checkpoint", path)
+    before = path.read_bytes()
+    options += [option, value, "--checkpoint", path]
     with pytest.raises(SystemExit) as caught:
-        run(load(STAGE_2), small_mnist, *RUN, *options, "--checkpoint", saved)
+        run(flax_script, small_mnist, *options)
     assert caught.value.code == (
-        f"error: {saved} is not a checkpoint of this run: that one has {difference}"
+        f"error: {path} is not a checkpoint of this run: "
+        f"that one has {{{name!r}: {saved_value}}}"
     )
-    assert saved.read_bytes() == before
+    assert path.read_bytes() == before
 
 
 def test_checkpoint_of_another_script_model_or_data(
