@@ -27,7 +27,7 @@ import common
 
 @pytest.fixture(scope="session", autouse=True)
 def traced_once():
-    """The same model and optimizer in each run, for which jit then traces only once."""
+    """One model, optimizer and jitted init for all runs, so that each is traced once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "jit", functools.cache(jax.jit))
         for name in ("adam", "linear_schedule"):

@@ -177,9 +177,8 @@ def test_another_dataset(changed, small_mnist, tmp_path):
     result = run(changed, tmp_path, *TRAIN, watch=False)
     assert result.lines[0] == "data: FashionMNIST, 640 training and 300 test images"
     assert result.lines[-1].endswith("% (FashionMNIST)")
-    expected = run(
-        load(STAGE_2), small_mnist, *TRAIN, watch=False
-    )  # the same files, here
+    # The same files under MNIST's name give the same run.
+    expected = run(load(STAGE_2), small_mnist, *TRAIN, watch=False)
     assert result.accuracy == expected.accuracy > 0.5
 
 
