@@ -1,15 +1,20 @@
-"""MNIST as NumPy batches for JAX: dataset, collate, sampler, loader.
+"""NumPy batches for JAX from PyTorch's DataLoader, and MNIST.
 
-PyTorch's DataLoader does the loading; what comes out is NumPy, never a torch tensor.
-The first half does this for any map-style dataset; the second half is MNIST.
+The first half works with any dataset: a collate function, a sampler, a loader. The second
+half reads MNIST. A dataset in memory is a plain list of (image, label) pairs, so
+`train_set[:50_000]` and `train_set[50_000:]` are a validation split.
 """
 
 import errno
+import gzip
+import io
+import math
 import socket
+import struct
 import sys
-from collections.abc import Callable, Iterator, Sequence, Sized
-from contextlib import redirect_stdout
-from itertools import islice
+import zlib
+from collections.abc import Iterator, Sequence, Sized
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,180 +25,299 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 
-class ArrayDataset(Dataset):
-    """Images (N, ...), labels (N, ...) in memory; `transform` takes one or a batch."""
-
-    def __init__(self, images: np.ndarray, labels: np.ndarray, transform: Callable):
-        self.images, self.labels, self.transform = images, labels, transform
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int | list[int]) -> tuple[Any, Any]:
-        images = self.images.take(index, axis=0)  # twice as fast as images[index]
-        return self.transform(images), self.labels.take(index, axis=0)
-
-    def __getitems__(self, indices: list[int]) -> tuple[Any, Any]:
-        """Cut a whole batch by one indexing; DataLoader prefers this, if it exists."""
-        return self[indices]
-
-
 def numpy_collate(batch: Sequence[Any]) -> Any:
-    """Stack a list of samples leaf by leaf: B of ((784,), ()) become ((B, 784), (B,)).
+    """Stack a list of B samples: pairs of (784,) and () become one of (B, 784) and (B,).
 
-    A sample is any pytree (tuple, dict, namedtuple) of arrays, numbers, torch tensors.
-    Raises ValueError if samples differ in structure or shape.
+    A sample is a number, an array or a torch tensor, or any tuple, list, dict or
+    namedtuple of these; the batch has the same structure and consists of NumPy arrays.
+    Raises ValueError if two samples differ in structure or shape.
     """
-    if isinstance(batch, tuple):  # no list of samples: ArrayDataset has stacked them
-        return batch
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *batch)
+    return jax.tree.map(_stack, *batch)
+
+
+def _stack(*rows: Any) -> np.ndarray:
+    try:
+        return np.array(rows)  # for small rows twice as fast as np.stack
+    except ValueError:
+        shapes = {np.shape(row) for row in rows}
+        raise ValueError(f"samples of different shapes: {shapes}") from None
 
 
 class JAXRandomSampler(Sampler[int]):
-    """A fresh permutation of `data_source` each epoch, from `rng_key` and `epoch` alone."""
+    """Yields the indices of `data_source` in a random order, a new one each epoch.
+
+    The order depends on `rng_key` and the number of the epoch alone. Each iteration is an
+    epoch, counted from 0.
+    """
 
     def __init__(self, data_source: Sized, rng_key: jax.Array):
-        self.data_source, self.rng_key = data_source, rng_key
-        self.epoch = 0  # counts up by itself, and may be set
+        self.data_source = data_source
+        self.rng_key = rng_key
+        self.start_at(epoch=0)
+
+    def start_at(self, epoch: int, skip: int = 0) -> None:
+        """Make the next iteration this epoch, without its first `skip` indices."""
+        self.epoch = epoch
+        self.skip = skip
 
     def __len__(self) -> int:
         return len(self.data_source)
 
     def __iter__(self) -> Iterator[int]:
-        key = jax.random.fold_in(self.rng_key, self.epoch)
-        self.epoch += 1
-        # The order of random numbers: jax.random.permutation takes ten times as long.
-        bits = np.asarray(jax.random.bits(key, (len(self),), "uint32"))
-        return iter(bits.argsort(kind="stable").tolist())
+        epoch_key = jax.random.fold_in(self.rng_key, self.epoch)
+        order = np.asarray(jax.random.permutation(epoch_key, len(self)))
+        indices = order[self.skip :].tolist()
+        self.start_at(self.epoch + 1)
+        return iter(indices)
 
 
 class NumpyLoader(DataLoader):
-    """A DataLoader that yields NumPy batches, from any map-style dataset.
+    """A DataLoader that yields NumPy batches.
 
-    With `shuffle`, `rng_key` decides the order, another one each epoch. `kwargs` go to
-    DataLoader; with `num_workers`, a program needs `if __name__ == "__main__":`.
+    `dataset` is anything with `__len__` and `__getitem__`. With `shuffle`, `rng_key`
+    determines the order, which changes every epoch. All other arguments are DataLoader's.
+
+    Worker processes (`num_workers`) are spawned, because a forked copy of a process that
+    runs JAX can deadlock. So the program needs `if __name__ == "__main__":`, the dataset
+    and its transforms must be importable (no lambdas), each worker takes seconds to start,
+    and each holds its own copy of the dataset.
+
+    Raises TypeError if `rng_key` is not a JAX key, ValueError if arguments contradict each
+    other.
     """
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Dataset | Sequence[Any],
         rng_key: jax.Array | None = None,
         batch_size: int = 1,
         shuffle: bool = False,
         **kwargs: Any,
     ):
+        if rng_key is not None and not isinstance(rng_key, jax.Array):
+            raise TypeError(
+                f"rng_key is {rng_key!r}, not a JAX key; "
+                f"pass the batch size by name, as in batch_size={rng_key!r}"
+            )
+        if shuffle and rng_key is None:
+            raise ValueError("shuffle=True needs an rng_key such as jax.random.key(0)")
+        if rng_key is not None and not shuffle:
+            raise ValueError("rng_key has no effect without shuffle=True")
+        if shuffle and kwargs.get("sampler") is not None:
+            raise ValueError("sampler and shuffle=True exclude each other")
+        if batch_size is None:
+            raise ValueError("batch_size=None: iterate over the dataset itself instead")
+
         if shuffle:
-            if rng_key is None:
-                raise ValueError("shuffle=True needs an rng_key, as jax.random.key(0)")
             kwargs["sampler"] = JAXRandomSampler(dataset, rng_key)
+        if kwargs.get("collate_fn") is None:
+            kwargs["collate_fn"] = numpy_collate
         if kwargs.get("num_workers"):
-            # A forked copy of a process in which JAX runs can deadlock.
             kwargs.setdefault("multiprocessing_context", "spawn")
-            kwargs.setdefault("persistent_workers", True)  # a spawn takes seconds
-        kwargs.setdefault("collate_fn", numpy_collate)
         super().__init__(dataset, batch_size, **kwargs)
 
     def batches_from(self, step: int) -> Iterator[Any]:
-        """Yield the batches that follow `step` steps, epoch after epoch, without end.
+        """Yield batches endlessly, from where a run that took `step` steps continues.
 
-        To begin in the middle of an epoch, its first batches are loaded and skipped.
+        Epoch follows epoch, each with a new order. Examples that the run has already seen
+        in its current epoch are skipped without being loaded.
+
+        Raises ValueError if `step` is negative, if the order does not come from a key (a
+        resumed run would be another run), or if an epoch has no batch at all.
         """
-        epoch, skip = divmod(step, len(self))
+        if step < 0:
+            raise ValueError(f"step is {step}; it must not be negative")
+        if not hasattr(self.sampler, "start_at"):
+            raise ValueError("batches_from needs an rng_key and shuffle=True")
+        if len(self) == 0:
+            raise ValueError(
+                f"an epoch has no batches: {len(self.sampler)} examples, "
+                f"batch_size={self.batch_size}, drop_last={self.drop_last}"
+            )
+        return self._endless_batches(step)
+
+    def _endless_batches(self, step: int) -> Iterator[Any]:
+        epoch, steps_done = divmod(step, len(self))
+        self.sampler.start_at(epoch, skip=steps_done * self.batch_size)
         while True:
-            self.sampler.epoch = epoch
-            yield from islice(self, skip, None)
-            epoch, skip = epoch + 1, 0
+            yield from self
+            epoch += 1
+            self.sampler.start_at(epoch)
 
 
-MNIST_FILES = [
-    f"{split}-{kind}-ubyte"
-    for split in ("train", "t10k")
-    for kind in ("images-idx3", "labels-idx1")
-]
+MNIST_FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+DISK_ERRORS = {errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.EROFS}
+REMEDY = "replace the file, or delete it to have it downloaded"
+
+Pairs = list[tuple[np.ndarray, np.int32]]
 
 
 class DataError(Exception):
-    """The data cannot be used; the message names the file and the remedy."""
+    """The data cannot be used; the message is one line that says what to do."""
 
 
 class FlattenAndCast:
-    """Transform: uint8 (..., 28, 28) or a PIL image to float32 (..., 784) in [0, 1]."""
+    """Transform: a PIL image or uint8 (..., 28, 28) to float32 (..., 784) in [0, 1]."""
 
     def __call__(self, image: Any) -> np.ndarray:
-        pixels = np.asarray(image)
-        return pixels.reshape(*pixels.shape[:-2], -1) / np.float32(255)
+        pixels = np.asarray(image).astype(np.float32)
+        return pixels.reshape(*pixels.shape[:-2], -1) / 255
 
 
-def load_mnist(data_dir: str | Path) -> tuple[ArrayDataset, ArrayDataset, str]:
-    """Return the training set, the test set, and what to call them in the log.
+def load_mnist(data_dir: str | Path) -> tuple[Pairs, Pairs, str]:
+    """Return the training set, the test set, and their name for the log.
 
-    MNIST is read from `data_dir`/MNIST/raw, torchvision's layout; what is missing there
-    is downloaded. If none can be had, the sets are drawn digits, and stderr says why.
-    Images are float32 (784,) in [0, 1], labels int32 from 0 to 9. Raises DataError.
+    Each set is a list of pairs: an image, float32 (784,) in [0, 1], and its label, an
+    np.int32 from 0 to 9.
+
+    MNIST's four files may be in `data_dir`/MNIST/raw (torchvision's layout), in
+    `data_dir`/raw or in `data_dir`, as they are or as .gz; they are never changed. Missing
+    files are downloaded to `data_dir`/MNIST/raw. If there are neither files nor a network,
+    both sets are drawn digits, and stderr says why.
+
+    Raises DataError if a file is damaged, if only some are there and the others cannot be
+    downloaded, or if the directory cannot be read or written.
     """
-    raw = Path(data_dir, "MNIST", "raw")
+    data_dir = Path(data_dir)
+    raw = data_dir / "MNIST" / "raw"
     try:
-        missing = [name for name in MNIST_FILES if not (raw / name).exists()]
+        missing = [name for name in MNIST_FILES if find_file(data_dir, name) is None]
         if missing:
             download_mnist(raw, missing)
-        return read_mnist(raw, "train"), read_mnist(raw, "t10k"), "MNIST"
+        train_images, train_labels, test_images, test_labels = (
+            find_file(data_dir, name) for name in MNIST_FILES
+        )
+        train_set = read_pairs(train_images, train_labels)
+        test_set = read_pairs(test_images, test_labels)
+        return train_set, test_set, "MNIST"
     except ConnectionError as error:
-        reason = f"{raw} lacks {', '.join(missing)}, and the download failed: {error}"
+        reason = f"and the download failed: {error}"
+        other_file = find_other_file(data_dir)
         if len(missing) < len(MNIST_FILES):
-            raise DataError(f"{reason}; add them or use another directory") from error
-        print(f"training on drawn digits, because {reason}", file=sys.stderr)
+            raise DataError(
+                f"{data_dir} lacks {', '.join(missing)}, {reason}"
+            ) from error
+        if other_file is not None:
+            raise DataError(f"{other_file} is not of MNIST, {reason}") from error
+        print(f"drawing digits: {data_dir} has no MNIST, {reason}", file=sys.stderr)
         return draw_digits(10_000, 0), draw_digits(2_000, 1), "drawn digits, not MNIST"
     except OSError as error:
         raise DataError(f"cannot use the data directory {data_dir}: {error}") from error
 
 
-def download_mnist(raw: Path, missing: list[str]) -> None:
-    """Download to a scratch directory, then move what is missing: files appear whole.
+def find_file(data_dir: Path, name: str) -> Path | None:
+    """Return where the file `name` of MNIST_FILES is, or None if it is missing."""
+    other_name = name.replace("-idx", ".idx")  # the spelling of some archives
+    for directory in (data_dir / "MNIST" / "raw", data_dir / "raw", data_dir):
+        for file_name in (name, f"{name}.gz", other_name, f"{other_name}.gz"):
+            path = directory / file_name
+            if path.is_file():
+                return path
+    return None
 
-    Raises ConnectionError if no mirror has them, another OSError if the disk is full.
+
+def find_other_file(data_dir: Path) -> Path | None:
+    """Return a file in `data_dir`, or None; hidden files and directories are ignored."""
+    for path in data_dir.rglob("*"):
+        hidden = any(part.startswith(".") for part in path.relative_to(data_dir).parts)
+        if path.is_file() and not hidden:
+            return path
+    return None
+
+
+def download_mnist(raw: Path, missing: Sequence[str]) -> None:
+    """Download MNIST to a scratch directory, then move the missing files to `raw`.
+
+    So a file is there as a whole or not at all. Raises ConnectionError if no mirror sends
+    the files, and another OSError if they cannot be written.
     """
-    from torchvision.datasets import MNIST  # imported late: that takes a second
+    from torchvision.datasets import MNIST  # here, since importing it takes a second
 
     raw.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=raw) as scratch, redirect_stdout(sys.stderr):
-        socket.setdefaulttimeout(5)  # seconds; without it, a wait may never end
+    messages = sys.stderr or io.StringIO()  # stdout is for the log
+    timeout = socket.getdefaulttimeout()
+    with (
+        TemporaryDirectory(dir=raw, prefix=".download-") as scratch,
+        redirect_stdout(messages),
+        redirect_stderr(messages),
+    ):
+        socket.setdefaulttimeout(5)  # seconds; by default, a wait has no end
         try:
-            MNIST(scratch, download=True)  # checks the files, too
-        except Exception as error:  # each fault of a mirror has a type of its own
-            if getattr(error, "errno", None) == errno.ENOSPC:
+            MNIST(scratch, download=True)  # also verifies checksums
+        except Exception as error:  # a mirror can fail with many types of exceptions
+            if getattr(error, "errno", None) in DISK_ERRORS:
                 raise
             raise ConnectionError(" ".join(str(error).split())) from error
         finally:
-            socket.setdefaulttimeout(None)
+            socket.setdefaulttimeout(timeout)
         for name in missing:
             Path(scratch, "MNIST", "raw", name).replace(raw / name)
 
 
-def read_mnist(raw: Path, split: str) -> ArrayDataset:
-    """Read a split, "train" or "t10k", from IDX files: a header, then the bytes."""
-    images_file, labels_file = (raw / name for name in MNIST_FILES if split in name)
-    pixels = np.fromfile(images_file, np.uint8)[16:]
-    labels = np.fromfile(labels_file, np.uint8)[8:]
-    n = pixels.size // 784
-    for path, header, valid in (
-        (images_file, [0x0803, n, 28, 28], 0 < pixels.size == n * 784),
-        (labels_file, [0x0801, n], labels.size == n and labels.max(initial=0) <= 9),
-    ):
-        if not valid or np.fromfile(path, ">i4", len(header)).tolist() != header:
-            raise DataError(f"{path} is damaged; delete it to have it downloaded anew")
-    images = pixels.reshape(n, 28, 28)
-    return ArrayDataset(images, labels.astype(np.int32), FlattenAndCast())
+def read_pairs(images_path: Path, labels_path: Path) -> Pairs:
+    """Read images and labels, and pair them. Raises DataError if they do not match."""
+    images = read_idx(images_path, ndim=3)
+    labels = read_idx(labels_path, ndim=1)
+    if images.shape != (len(labels), 28, 28):
+        raise DataError(
+            f"{images_path} has images of shape {images.shape}, "
+            f"{labels_path} has {len(labels)} labels: {REMEDY}"
+        )
+    if labels.max() > 9:
+        raise DataError(f"{labels_path} has the label {labels.max()}: {REMEDY}")
+    return make_pairs(images, labels)
 
 
-def draw_digits(n: int, seed: int) -> ArrayDataset:
-    """Draw `n` digits in Pillow's own font, much easier than MNIST: no benchmark."""
+def make_pairs(images: np.ndarray, labels: np.ndarray) -> Pairs:
+    """Pair uint8 images (N, 28, 28) and labels (N,), as load_mnist returns them."""
+    return list(zip(FlattenAndCast()(images), labels.astype(np.int32), strict=True))
+
+
+def read_idx(path: Path, ndim: int) -> np.ndarray:
+    """Read uint8 values with `ndim` dimensions from a file in MNIST's IDX format.
+
+    The format: two zero bytes, 8 for unsigned bytes, `ndim`; then each dimension's size as
+    a big-endian 32-bit integer; then the values. Source: "File formats for the MNIST
+    database", on Yann LeCun's MNIST page.
+    """
+    content = path.read_bytes()
+    if path.suffix == ".gz":
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{path} does not unpack ({error}): {REMEDY}") from error
+
+    header_size = 4 + 4 * ndim
+    if len(content) < header_size or content[:4] != bytes([0, 0, 8, ndim]):
+        raise DataError(f"{path} is no IDX file of {ndim} dimension(s): {REMEDY}")
+
+    shape = struct.unpack(f">{ndim}I", content[4:header_size])
+    values = np.frombuffer(content, np.uint8, offset=header_size)
+    if values.size == 0 or values.size != math.prod(shape):
+        raise DataError(f"{path} has {values.size} values for shape {shape}: {REMEDY}")
+    return values.reshape(shape)
+
+
+def draw_digits(n: int, seed: int) -> Pairs:
+    """Draw `n` digits in Pillow's own font, at random positions, sizes and angles.
+
+    They are much easier than MNIST: good for checking that a program works, and no
+    benchmark.
+    """
     rng = np.random.default_rng(seed)
     fonts = [ImageFont.load_default(size) for size in range(18, 28)]
-    labels = rng.integers(10, size=n, dtype=np.int32)
+    labels = rng.integers(10, size=n)
     images = np.empty((n, 28, 28), np.uint8)
-    for image, label in zip(images, labels):
+    for i in range(n):
+        center = rng.uniform(11, 17, size=2)  # pixels
+        font = fonts[rng.integers(len(fonts))]
+        angle = rng.uniform(-20, 20)  # degrees
         canvas = Image.new("L", (28, 28))
-        place, font = rng.uniform(11, 17, size=2), fonts[rng.integers(10)]
-        ImageDraw.Draw(canvas).text(place, str(label), 255, font, anchor="mm")
-        image[:] = canvas.rotate(rng.uniform(-20, 20), Image.Resampling.BILINEAR)
-    return ArrayDataset(images, labels, FlattenAndCast())
+        ImageDraw.Draw(canvas).text(center, str(labels[i]), 255, font, anchor="mm")
+        images[i] = canvas.rotate(angle, Image.Resampling.BILINEAR)
+    return make_pairs(images, labels)
