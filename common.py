@@ -2,7 +2,7 @@
 
 The first half works with any dataset: a collate function, a sampler, a loader. The second
 half reads MNIST. A dataset in memory is a plain list of (image, label) pairs, so
-`train_set[:50_000]` and `train_set[50_000:]` are a validation split.
+`train_set[:50_000]` and `train_set[50_000:]` split it for training and validation.
 """
 
 import errno
@@ -26,28 +26,32 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 
 def numpy_collate(batch: Sequence[Any]) -> Any:
-    """Stack a list of B samples: pairs of (784,) and () become one of (B, 784) and (B,).
+    """Stack B samples: a list of (image, label) pairs becomes one pair of arrays.
 
     A sample is a number, an array or a torch tensor, or any tuple, list, dict or
-    namedtuple of these; the batch has the same structure and consists of NumPy arrays.
-    Raises ValueError if two samples differ in structure or shape.
+    namedtuple of these. The batch has the same structure; its leaves are NumPy arrays
+    (B, ...). Raises ValueError if samples differ in structure or shape.
     """
     return jax.tree.map(_stack, *batch)
 
 
 def _stack(*rows: Any) -> np.ndarray:
     try:
-        return np.array(rows)  # for small rows twice as fast as np.stack
+        stacked = np.array(rows)  # for small rows twice as fast as np.stack
     except ValueError:
         shapes = {np.shape(row) for row in rows}
         raise ValueError(f"samples of different shapes: {shapes}") from None
+    if stacked.dtype == object:
+        types = {type(row).__name__ for row in rows}
+        raise ValueError(f"samples of different structure: {types}")
+    return stacked
 
 
 class JAXRandomSampler(Sampler[int]):
     """Yields the indices of `data_source` in a random order, a new one each epoch.
 
-    The order depends on `rng_key` and the number of the epoch alone. Each iteration is an
-    epoch, counted from 0.
+    The order depends only on `rng_key` and the number of the epoch. Each iteration, even if
+    it is not finished, is an epoch; the first is epoch 0.
     """
 
     def __init__(self, data_source: Sized, rng_key: jax.Array):
@@ -71,19 +75,28 @@ class JAXRandomSampler(Sampler[int]):
         return iter(indices)
 
 
+def _is_key(value: Any) -> bool:
+    """Return whether this is one JAX key, from jax.random.key or the older PRNGKey."""
+    try:
+        return isinstance(value, jax.Array) and jax.random.key_data(value).ndim == 1
+    except TypeError:
+        return False
+
+
 class NumpyLoader(DataLoader):
     """A DataLoader that yields NumPy batches.
 
     `dataset` is anything with `__len__` and `__getitem__`. With `shuffle`, `rng_key`
     determines the order, which changes every epoch. All other arguments are DataLoader's.
 
-    Worker processes (`num_workers`) are spawned, because a forked copy of a process that
+    Worker processes (`num_workers`) are spawned by default, because a forked copy of a process that
     runs JAX can deadlock. So the program needs `if __name__ == "__main__":`, the dataset
-    and its transforms must be importable (no lambdas), each worker takes seconds to start,
-    and each holds its own copy of the dataset.
+    and its transforms must be importable (no lambdas), each worker holds its own copy of
+    the dataset, and it takes seconds to start: at every epoch, unless you pass
+    `persistent_workers=True`.
 
-    Raises TypeError if `rng_key` is not a JAX key, ValueError if arguments contradict each
-    other.
+    Raises TypeError if `rng_key` is something else, such as a batch size, and ValueError if
+    arguments conflict.
     """
 
     def __init__(
@@ -94,17 +107,17 @@ class NumpyLoader(DataLoader):
         shuffle: bool = False,
         **kwargs: Any,
     ):
-        if rng_key is not None and not isinstance(rng_key, jax.Array):
+        if rng_key is not None and not _is_key(rng_key):
             raise TypeError(
-                f"rng_key is {rng_key!r}, not a JAX key; "
-                f"pass the batch size by name, as in batch_size={rng_key!r}"
+                f"rng_key is {rng_key!r}, not a JAX key such as jax.random.key(0); "
+                f"pass a batch size by name: batch_size={rng_key!r}"
             )
         if shuffle and rng_key is None:
             raise ValueError("shuffle=True needs an rng_key such as jax.random.key(0)")
         if rng_key is not None and not shuffle:
             raise ValueError("rng_key has no effect without shuffle=True")
         if shuffle and kwargs.get("sampler") is not None:
-            raise ValueError("sampler and shuffle=True exclude each other")
+            raise ValueError("sampler and shuffle=True are mutually exclusive")
         if batch_size is None:
             raise ValueError("batch_size=None: iterate over the dataset itself instead")
 
@@ -112,23 +125,26 @@ class NumpyLoader(DataLoader):
             kwargs["sampler"] = JAXRandomSampler(dataset, rng_key)
         if kwargs.get("collate_fn") is None:
             kwargs["collate_fn"] = numpy_collate
-        if kwargs.get("num_workers"):
-            kwargs.setdefault("multiprocessing_context", "spawn")
+        if kwargs.get("num_workers") and kwargs.get("multiprocessing_context") is None:
+            kwargs["multiprocessing_context"] = "spawn"
         super().__init__(dataset, batch_size, **kwargs)
 
     def batches_from(self, step: int) -> Iterator[Any]:
-        """Yield batches endlessly, from where a run that took `step` steps continues.
+        """Yield batches endlessly, starting where a run would be after `step` steps.
 
-        Epoch follows epoch, each with a new order. Examples that the run has already seen
-        in its current epoch are skipped without being loaded.
+        Epoch follows epoch, each with a new order. If the first one starts in its middle,
+        the examples before are skipped without being loaded.
 
         Raises ValueError if `step` is negative, if the order does not come from a key (a
-        resumed run would be another run), or if an epoch has no batch at all.
+        resumed run would see a different order), or if an epoch has no batch at all.
         """
         if step < 0:
             raise ValueError(f"step is {step}; it must not be negative")
         if not hasattr(self.sampler, "start_at"):
-            raise ValueError("batches_from needs an rng_key and shuffle=True")
+            raise ValueError(
+                "batches_from needs the order of shuffle=True and an rng_key; it cannot "
+                f"resume the order of a {type(self.sampler).__name__}"
+            )
         if len(self) == 0:
             raise ValueError(
                 f"an epoch has no batches: {len(self.sampler)} examples, "
@@ -162,7 +178,7 @@ class DataError(Exception):
 
 
 class FlattenAndCast:
-    """Transform: a PIL image or uint8 (..., 28, 28) to float32 (..., 784) in [0, 1]."""
+    """Transform: uint8 (..., 28, 28) or a gray PIL image to float32 (..., 784) in [0, 1]."""
 
     def __call__(self, image: Any) -> np.ndarray:
         pixels = np.asarray(image).astype(np.float32)
@@ -177,11 +193,11 @@ def load_mnist(data_dir: str | Path) -> tuple[Pairs, Pairs, str]:
 
     MNIST's four files may be in `data_dir`/MNIST/raw (torchvision's layout), in
     `data_dir`/raw or in `data_dir`, as they are or as .gz; they are never changed. Missing
-    files are downloaded to `data_dir`/MNIST/raw. If there are neither files nor a network,
+    files are downloaded to `data_dir`/MNIST/raw. If that fails and the directory is empty,
     both sets are drawn digits, and stderr says why.
 
-    Raises DataError if a file is damaged, if only some are there and the others cannot be
-    downloaded, or if the directory cannot be read or written.
+    Raises DataError if a file is damaged, if only some of them or other files are there and
+    the download fails, or if the directory cannot be read or written.
     """
     data_dir = Path(data_dir)
     raw = data_dir / "MNIST" / "raw"
@@ -203,7 +219,9 @@ def load_mnist(data_dir: str | Path) -> tuple[Pairs, Pairs, str]:
                 f"{data_dir} lacks {', '.join(missing)}, {reason}"
             ) from error
         if other_file is not None:
-            raise DataError(f"{other_file} is not of MNIST, {reason}") from error
+            raise DataError(
+                f"{data_dir} has no MNIST file, only others such as {other_file}, {reason}"
+            ) from error
         print(f"drawing digits: {data_dir} has no MNIST, {reason}", file=sys.stderr)
         return draw_digits(10_000, 0), draw_digits(2_000, 1), "drawn digits, not MNIST"
     except OSError as error:
@@ -233,8 +251,8 @@ def find_other_file(data_dir: Path) -> Path | None:
 def download_mnist(raw: Path, missing: Sequence[str]) -> None:
     """Download MNIST to a scratch directory, then move the missing files to `raw`.
 
-    So a file is there as a whole or not at all. Raises ConnectionError if no mirror sends
-    the files, and another OSError if they cannot be written.
+    So each file appears complete or not at all. Raises ConnectionError if no mirror sends the files, and
+    another OSError if they cannot be written.
     """
     from torchvision.datasets import MNIST  # here, since importing it takes a second
 
@@ -246,7 +264,7 @@ def download_mnist(raw: Path, missing: Sequence[str]) -> None:
         redirect_stdout(messages),
         redirect_stderr(messages),
     ):
-        socket.setdefaulttimeout(5)  # seconds; by default, a wait has no end
+        socket.setdefaulttimeout(5)  # seconds; the default is no timeout
         try:
             MNIST(scratch, download=True)  # also verifies checksums
         except Exception as error:  # a mirror can fail with many types of exceptions
@@ -294,7 +312,7 @@ def read_idx(path: Path, ndim: int) -> np.ndarray:
 
     header_size = 4 + 4 * ndim
     if len(content) < header_size or content[:4] != bytes([0, 0, 8, ndim]):
-        raise DataError(f"{path} is no IDX file of {ndim} dimension(s): {REMEDY}")
+        raise DataError(f"{path} is not a {ndim}-dimensional IDX file: {REMEDY}")
 
     shape = struct.unpack(f">{ndim}I", content[4:header_size])
     values = np.frombuffer(content, np.uint8, offset=header_size)
@@ -306,7 +324,7 @@ def read_idx(path: Path, ndim: int) -> np.ndarray:
 def draw_digits(n: int, seed: int) -> Pairs:
     """Draw `n` digits in Pillow's own font, at random positions, sizes and angles.
 
-    They are much easier than MNIST: good for checking that a program works, and no
+    They are much easier than MNIST: good for checking that a program works, but not a
     benchmark.
     """
     rng = np.random.default_rng(seed)

@@ -31,10 +31,10 @@ from jax import Array
 
 from common import DataError, NumpyLoader, load_mnist
 
-LAYER_SIZES = (512, 512, 10)  # outputs of each layer; the last one has a unit per class
+LAYER_SIZES = (512, 512, 10)  # units per layer; the last has one per class
 EPOCHS = 5
 BATCH_SIZE = 32
-LEARNING_RATE = 1e-3  # initial learning rate
+LEARNING_RATE = 1e-3
 FINAL_LEARNING_RATE = 1e-5
 EVAL_BATCH_SIZE = 2000
 
@@ -58,23 +58,23 @@ class MLP(nn.Module):
 def create_train_state(
     params_key: Array, learning_rate: float, total_steps: int
 ) -> TrainState:
-    """Return initial parameters and Adam, whose learning rate decays over the run."""
+    """Return a state of new parameters, and Adam with a linearly decaying rate."""
     model = MLP()
-    # model(x) would fail: the model has no parameters. They come from init, which is faster
-    # when jitted.
+    # model(x) would fail: init creates the parameters, and jit makes it faster.
     init = jax.jit(model.init)
     variables = init(params_key, jnp.zeros((1, 784)))
     schedule = optax.linear_schedule(learning_rate, FINAL_LEARNING_RATE, total_steps)
+    optimizer = optax.adam(schedule)
     return TrainState.create(
         apply_fn=model.apply,
         params=variables["params"],
-        tx=optax.adam(schedule),
+        tx=optimizer,
     )
 
 
 @partial(jax.jit, donate_argnums=0)
 def train_step(state: TrainState, x: Array, y: Array) -> tuple[TrainState, Array]:
-    """Take one step on images x (B, 784) and classes y (B,).
+    """Take one step on images x (B, 784) and classes y (B,), which count from 0.
 
     Returns the new state, and the loss of this batch before the update. The old state is
     donated: its memory is reused, so it cannot be read after the call.
@@ -82,11 +82,10 @@ def train_step(state: TrainState, x: Array, y: Array) -> tuple[TrainState, Array
 
     def loss_fn(params):
         logits = state.apply_fn({"params": params}, x)
-        # Classes are counted from 0. A class too large makes the loss NaN; a negative one
-        # is taken from the end, as Python takes indices.
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
-    loss, grads = jax.value_and_grad(loss_fn)(state.params)
+    grad_fn = jax.value_and_grad(loss_fn)
+    loss, grads = grad_fn(state.params)
     return state.apply_gradients(grads=grads), loss
 
 
@@ -98,7 +97,7 @@ def apply_model(state: TrainState, x: Array) -> Array:
 
 
 def eval_model(state: TrainState, loader: NumpyLoader) -> float:
-    """Return the accuracy on all examples of the loader, a fraction."""
+    """Return the accuracy over the whole loader, from 0 to 1."""
     correct = [apply_model(state, x) == y for x, y in loader]
     return float(np.concatenate(correct).mean())
 
@@ -132,12 +131,13 @@ def load_checkpoint(path: Path, run: dict[str, Any], state: TrainState) -> Train
         sys.exit(f"error: {path} is not a checkpoint of this script: {error}")
 
 
-# There is no __file__ if this script is pasted into a notebook.
-DATA_DIR = Path(__file__).with_name("data") if "__file__" in globals() else Path("data")
+# If this text is pasted into a notebook, there is no __file__.
+SCRIPT = Path(globals().get("__file__", "notebook"))
+DATA_DIR = SCRIPT.with_name("data")
 
 
+# Types for argparse, which names the option if they raise an error.
 def positive_int(text: str) -> int:
-    """An argparse type, as are the next three: argparse names the option in errors."""
     value = int(text)
     if not 1 <= value < 2**31:
         raise argparse.ArgumentTypeError(f"{text} is not between 1 and 2**31 - 1")
@@ -163,7 +163,6 @@ def user_path(text: str) -> Path:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command-line options."""
     parser = argparse.ArgumentParser(
         description="Train an MLP on MNIST with Flax, Optax and a TrainState."
     )
@@ -193,7 +192,8 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="X",
         type=positive_float,
         default=LEARNING_RATE,
-        help="initial learning rate (default: %(default)s)",
+        help=f"initial learning rate; the final one is {FINAL_LEARNING_RATE} "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--seed",
@@ -206,7 +206,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--max-steps",
         metavar="N",
         type=non_negative_int,
-        help="stop after N steps (default: after the last epoch)",
+        help="stop after step N of the run (default: after the last epoch)",
     )
     parser.add_argument(
         "--train-examples",
@@ -230,26 +230,32 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> float:
-    """Train as the options in `argv` say; return the test accuracy, a fraction."""
+    """Train with the options in `argv`; return the test accuracy, from 0 to 1."""
     parser = make_parser()
     args = parser.parse_args(argv)
 
     try:
         device = jax.devices()[0]
-    except (AssertionError, RuntimeError):  # which one depends on the platform
-        sys.exit(f"error: no device for JAX_PLATFORMS={jax.config.jax_platforms}")
+    except (AssertionError, RuntimeError) as error:  # depending on the platform
+        sys.exit(
+            f"error: no device for JAX_PLATFORMS={jax.config.jax_platforms}: {error!r}"
+        )
 
     train_set, test_set, data_name = load_mnist(args.data_dir)
+    # train_set is a list; for a Dataset, use torch.utils.data.Subset instead of a slice.
     train_set = train_set[: args.train_examples]
     if args.batch_size > len(train_set):
-        parser.error(f"argument --batch-size: only {len(train_set)} training images")
+        parser.error(
+            f"argument --batch-size: {args.batch_size} exceeds the "
+            f"{len(train_set)} training images"
+        )
 
     key = jax.random.key(args.seed)
     params_key, shuffle_key = jax.random.split(key)
     train_loader = NumpyLoader(
         train_set, shuffle_key, args.batch_size, shuffle=True, drop_last=True
     )
-    # Evaluation has its own loaders, which keep the order and drop no examples.
+    # Evaluation has its own loaders: unshuffled, and no example is dropped.
     train_eval_loader = NumpyLoader(train_set, batch_size=EVAL_BATCH_SIZE)
     test_loader = NumpyLoader(test_set, batch_size=EVAL_BATCH_SIZE)
 
@@ -270,9 +276,10 @@ def main(argv: Sequence[str] | None = None) -> float:
     print(f"device: {device.device_kind}")
     print(f"parameters: {num_params:,}")
 
-    # A checkpoint is resumed only by a run of the same description.
+    # Only a run with the same description resumes a checkpoint: add what you vary. The
+    # number of epochs is not part of it, so a finished run can be extended.
     run = {
-        "script": "mlp_flax.py",
+        "script": SCRIPT.name,
         "data": data_name,
         "number of training images": len(train_set),
         "number of parameters": num_params,
@@ -295,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> float:
             leaves = jax.tree.leaves((loss, state))
             if not all(np.isfinite(leaf).all() for leaf in leaves):
                 sys.exit(
-                    f"error: diverged at step {step}: lower --learning-rate, or look for "
+                    f"error: diverged at step {step}: lower --learning-rate, or check for "
                     "labels that the model has no output for"
                 )
             epoch = (step - 1) // steps_per_epoch + 1
@@ -317,7 +324,7 @@ def main(argv: Sequence[str] | None = None) -> float:
 if __name__ == "__main__" and "__file__" not in globals():
     main([])  # pasted into a notebook, where sys.argv holds the options of Jupyter
 elif __name__ == "__main__":
-    # Ctrl-C stops the process at once, also while XLA compiles.
+    # Ctrl-C stops the process at once, even during XLA's compilation.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         main()

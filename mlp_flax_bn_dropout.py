@@ -31,11 +31,11 @@ from jax import Array
 
 from common import DataError, NumpyLoader, load_mnist
 
-LAYER_SIZES = (512, 512, 10)  # outputs of each layer; the last one has a unit per class
-DROPOUT_RATES = (0.3, 0.4)  # fraction of units dropped after each hidden layer
+LAYER_SIZES = (512, 512, 10)  # units per layer; the last has one per class
+DROPOUT_RATES = (0.3, 0.4)  # fraction of units dropped, for each hidden layer
 EPOCHS = 5
 BATCH_SIZE = 128
-LEARNING_RATE = 3e-3  # initial learning rate
+LEARNING_RATE = 3e-3
 FINAL_LEARNING_RATE = 1e-5
 EVAL_BATCH_SIZE = 2000
 
@@ -43,9 +43,10 @@ EVAL_BATCH_SIZE = 2000
 class MLP(nn.Module):
     """Dense layers with relu, Dropout and BatchNorm in between.
 
-    The order is the article's. In your own model, put BatchNorm before Dropout: after it,
-    BatchNorm sees a larger variance in training than in evaluation. Source: Li et al.,
-    Understanding the Disharmony between Dropout and Batch Normalization, 2018.
+    Dropout comes before BatchNorm, as in the article that README.md names. In your own
+    model, do the reverse: Dropout raises the variance that BatchNorm sees in training, but
+    not in evaluation. Source: Li et al., Understanding the Disharmony between Dropout and
+    Batch Normalization by Variance Shift, 2018.
     """
 
     layer_sizes: Sequence[int] = LAYER_SIZES
@@ -77,18 +78,19 @@ class CustomTrainState(TrainState):
 def create_train_state(
     params_key: Array, learning_rate: float, total_steps: int
 ) -> CustomTrainState:
-    """Return initial parameters and Adam, whose learning rate decays over the run."""
+    """Return a state of new parameters, and Adam with a linearly decaying rate."""
     model = MLP()
-    # model(x) would fail: the model has no parameters. They come from init, which is faster
-    # when jitted. With train=True, it would also ask for a key named "dropout".
+    # model(x) would fail: init creates the parameters, and jit makes it faster.
+    # With train=True, init would also need a key named "dropout".
     init = jax.jit(model.init, static_argnames="train")
     variables = init(params_key, jnp.zeros((1, 784)), train=False)
     schedule = optax.linear_schedule(learning_rate, FINAL_LEARNING_RATE, total_steps)
+    optimizer = optax.adam(schedule)
     return CustomTrainState.create(
         apply_fn=model.apply,
         params=variables["params"],
         batch_stats=variables["batch_stats"],
-        tx=optax.adam(schedule),
+        tx=optimizer,
     )
 
 
@@ -96,7 +98,7 @@ def create_train_state(
 def train_step(
     state: CustomTrainState, x: Array, y: Array, dropout_key: Array
 ) -> tuple[CustomTrainState, Array]:
-    """Take one step on images x (B, 784) and classes y (B,).
+    """Take one step on images x (B, 784) and classes y (B,), which count from 0.
 
     Returns the new state, and the loss of this batch before the update. The old state is
     donated: its memory is reused, so it cannot be read after the call.
@@ -111,8 +113,6 @@ def train_step(
             rngs={"dropout": step_key},
             mutable=["batch_stats"],  # without this, updating them is an error
         )
-        # Classes are counted from 0. A class too large makes the loss NaN; a negative one
-        # is taken from the end, as Python takes indices.
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
         return loss, updates["batch_stats"]
 
@@ -130,7 +130,7 @@ def apply_model(state: CustomTrainState, x: Array) -> Array:
 
 
 def eval_model(state: TrainState, loader: NumpyLoader) -> float:
-    """Return the accuracy on all examples of the loader, a fraction."""
+    """Return the accuracy over the whole loader, from 0 to 1."""
     correct = [apply_model(state, x) == y for x, y in loader]
     return float(np.concatenate(correct).mean())
 
@@ -164,12 +164,13 @@ def load_checkpoint(path: Path, run: dict[str, Any], state: TrainState) -> Train
         sys.exit(f"error: {path} is not a checkpoint of this script: {error}")
 
 
-# There is no __file__ if this script is pasted into a notebook.
-DATA_DIR = Path(__file__).with_name("data") if "__file__" in globals() else Path("data")
+# If this text is pasted into a notebook, there is no __file__.
+SCRIPT = Path(globals().get("__file__", "notebook"))
+DATA_DIR = SCRIPT.with_name("data")
 
 
+# Types for argparse, which names the option if they raise an error.
 def positive_int(text: str) -> int:
-    """An argparse type, as are the next three: argparse names the option in errors."""
     value = int(text)
     if not 1 <= value < 2**31:
         raise argparse.ArgumentTypeError(f"{text} is not between 1 and 2**31 - 1")
@@ -195,7 +196,6 @@ def user_path(text: str) -> Path:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command-line options."""
     parser = argparse.ArgumentParser(
         description="Train an MLP on MNIST with Dropout and BatchNorm."
     )
@@ -225,7 +225,8 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="X",
         type=positive_float,
         default=LEARNING_RATE,
-        help="initial learning rate (default: %(default)s)",
+        help=f"initial learning rate; the final one is {FINAL_LEARNING_RATE} "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--seed",
@@ -238,7 +239,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--max-steps",
         metavar="N",
         type=non_negative_int,
-        help="stop after N steps (default: after the last epoch)",
+        help="stop after step N of the run (default: after the last epoch)",
     )
     parser.add_argument(
         "--train-examples",
@@ -262,19 +263,25 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> float:
-    """Train as the options in `argv` say; return the test accuracy, a fraction."""
+    """Train with the options in `argv`; return the test accuracy, from 0 to 1."""
     parser = make_parser()
     args = parser.parse_args(argv)
 
     try:
         device = jax.devices()[0]
-    except (AssertionError, RuntimeError):  # which one depends on the platform
-        sys.exit(f"error: no device for JAX_PLATFORMS={jax.config.jax_platforms}")
+    except (AssertionError, RuntimeError) as error:  # depending on the platform
+        sys.exit(
+            f"error: no device for JAX_PLATFORMS={jax.config.jax_platforms}: {error!r}"
+        )
 
     train_set, test_set, data_name = load_mnist(args.data_dir)
+    # train_set is a list; for a Dataset, use torch.utils.data.Subset instead of a slice.
     train_set = train_set[: args.train_examples]
     if args.batch_size > len(train_set):
-        parser.error(f"argument --batch-size: only {len(train_set)} training images")
+        parser.error(
+            f"argument --batch-size: {args.batch_size} exceeds the "
+            f"{len(train_set)} training images"
+        )
     if args.batch_size == 1:
         parser.error("argument --batch-size: BatchNorm needs at least 2 images")
 
@@ -283,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> float:
     train_loader = NumpyLoader(
         train_set, shuffle_key, args.batch_size, shuffle=True, drop_last=True
     )
-    # Evaluation has its own loaders, which keep the order and drop no examples.
+    # Evaluation has its own loaders: unshuffled, and no example is dropped.
     train_eval_loader = NumpyLoader(train_set, batch_size=EVAL_BATCH_SIZE)
     test_loader = NumpyLoader(test_set, batch_size=EVAL_BATCH_SIZE)
 
@@ -304,9 +311,10 @@ def main(argv: Sequence[str] | None = None) -> float:
     print(f"device: {device.device_kind}")
     print(f"parameters: {num_params:,}")
 
-    # A checkpoint is resumed only by a run of the same description.
+    # Only a run with the same description resumes a checkpoint: add what you vary. The
+    # number of epochs is not part of it, so a finished run can be extended.
     run = {
-        "script": "mlp_flax_bn_dropout.py",
+        "script": SCRIPT.name,
         "data": data_name,
         "number of training images": len(train_set),
         "number of parameters": num_params,
@@ -329,7 +337,7 @@ def main(argv: Sequence[str] | None = None) -> float:
             leaves = jax.tree.leaves((loss, state))
             if not all(np.isfinite(leaf).all() for leaf in leaves):
                 sys.exit(
-                    f"error: diverged at step {step}: lower --learning-rate, or look for "
+                    f"error: diverged at step {step}: lower --learning-rate, or check for "
                     "labels that the model has no output for"
                 )
             epoch = (step - 1) // steps_per_epoch + 1
@@ -351,7 +359,7 @@ def main(argv: Sequence[str] | None = None) -> float:
 if __name__ == "__main__" and "__file__" not in globals():
     main([])  # pasted into a notebook, where sys.argv holds the options of Jupyter
 elif __name__ == "__main__":
-    # Ctrl-C stops the process at once, also while XLA compiles.
+    # Ctrl-C stops the process at once, even during XLA's compilation.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         main()

@@ -1,15 +1,16 @@
-"""What the benchmarks share: options, epochs, timing in turn, tables."""
+"""What the benchmarks share: the scripts, options, timing in turn, tables."""
 
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from pytorch_mnist import SETTINGS
-from torch.utils.data import Subset
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -17,81 +18,128 @@ sys.path.insert(0, str(ROOT))
 import mlp_flax
 import mlp_flax_bn_dropout
 import mlp_numpy_api
-from common import load_mnist
+from common import Pairs, load_mnist
 
 SCRIPTS = {1: mlp_numpy_api, 2: mlp_flax, 3: mlp_flax_bn_dropout}
-KEY = jax.random.key(0)
 
 
-def setup(doc: str, count: str = "--rounds") -> tuple[argparse.Namespace, Subset]:
-    """Return options and training set, as the scripts load it; exit without MNIST."""
-    parser = argparse.ArgumentParser(description=doc)
-    parser.add_argument("--data-dir", default=str(ROOT / "data"))
-    parser.add_argument(count, type=int, default=5)
-    args = parser.parse_args()
-    train_set, _, name = load_mnist(args.data_dir)
-    if name != "MNIST":
-        parser.error("the real MNIST is needed: see --data-dir")
-    return args, Subset(train_set, range(len(train_set)))
+def make_parser(doc: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
+    parser.add_argument("--data-dir", required=True, help="where MNIST is")
+    return parser
 
 
-def cut(permutation: Callable, batch_size: int, x, y) -> Iterator[tuple]:
-    """Yield batches of arrays or tensors, shuffled by a function such as randperm."""
-    order = permutation(len(x))[: len(x) // batch_size * batch_size]
-    for indices in order.reshape(-1, batch_size):
-        yield x[indices], y[indices]
+def load_train_set(data_dir: str) -> Pairs:
+    """Return the training set as the scripts load it; exit if it is not MNIST."""
+    train_set, _, data_name = load_mnist(data_dir)
+    if data_name != "MNIST":
+        sys.exit("error: these benchmarks need the real MNIST (see --data-dir)")
+    return train_set
 
 
-def repeat(make_batches: Callable, state=None, step=lambda *_: None) -> Iterator[None]:
-    """Go through an epoch at each `next`; without a step, this is loading alone."""
-    while True:
-        for x, y in make_batches():
-            state = step(state, x, y)
-        yield jax.block_until_ready(state)
+@dataclass
+class ShuffledArrays:
+    """Batches of two arrays or tensors, in a new random order each time."""
+
+    permutation: Callable  # np.random.permutation or torch.randperm
+    batch_size: int
+    x: Any
+    y: Any
+
+    def __iter__(self) -> Iterator[tuple]:
+        order = self.permutation(len(self.x))
+        for start in range(0, len(order) - self.batch_size + 1, self.batch_size):
+            indices = order[start : start + self.batch_size]
+            yield self.x[indices], self.y[indices]
 
 
-def start(stage: int, epoch_steps: int) -> tuple:
-    """Return the initial state, and the script's step: (state, x, y) -> next state."""
-    script, options = SCRIPTS[stage], SCRIPTS[stage].make_parser().parse_args([])
-    rate, steps = options.learning_rate, options.epochs * epoch_steps
-    assert SETTINGS[stage] == (options.batch_size, rate, script.FINAL_LEARNING_RATE)
+def start_script(stage: int, steps_per_epoch: int) -> tuple[Any, Callable]:
+    """Return a script's initial state and its step: (state, x, y) -> next state."""
+    script = SCRIPTS[stage]
+    learning_rate = script.LEARNING_RATE
+    total_steps = script.EPOCHS * steps_per_epoch
+    settings = (script.BATCH_SIZE, learning_rate, script.FINAL_LEARNING_RATE)
+    assert SETTINGS[stage] == settings, "pytorch_mnist.py has other settings"
+    key = jax.random.key(0)
+
     if stage == 1:
+        params = script.init_network_params(script.LAYER_SIZES, key)
 
-        def step(state, x, y):
+        def sgd_step(state, x, y):
             params, i = state
-            lr = script.learning_rate_at(i, rate, steps)
+            lr = script.learning_rate_at(i, learning_rate, total_steps)
             return script.sgd_update(params, x, y, lr), i + 1
 
-        return (script.init_network_params(script.LAYER_SIZES, KEY), 0), step
-    keys = [KEY] if stage == 3 else []  # for dropout
-    state = script.create_train_state(KEY, *keys, rate, steps)
-    return state, lambda state, x, y: script.train_step(state, x, y, *keys)[0]
+        return (params, 0), sgd_step
+
+    params_key, dropout_key = jax.random.split(key)
+    other_args = [dropout_key] if stage == 3 else []
+
+    def flax_step(state, x, y):
+        state, _ = script.train_step(state, x, y, *other_args)
+        return state
+
+    return script.create_train_state(params_key, learning_rate, total_steps), flax_step
 
 
-def compare(title: str, works: dict[str, Iterator], rounds: int) -> None:
-    """Print the seconds of all works, taken in turn, and their ratios to the first."""
-    ours, times = next(iter(works)), {}
-    print_row(title, "seconds", "/ first row", "first row / this")
-    print_row(*["---"] * 4)
-    for name, work in works.items():
+def load_epochs(batches: Iterable) -> Iterator[None]:
+    """At each `next`, go through all batches and do nothing with them."""
+    while True:
+        for _ in batches:
+            pass
+        yield
+
+
+def train_epochs(batches: Iterable, state: Any, step: Callable) -> Iterator[None]:
+    """At each `next`, train for an epoch."""
+    while True:
+        for x, y in batches:
+            state = step(state, x, y)
+        jax.block_until_ready(state)
+        yield
+
+
+def compare(
+    title: str, candidates: dict[str, Iterator[None]], rounds: int
+) -> dict[str, np.ndarray]:
+    """Time all candidates in turn, print a table, and return their seconds by round.
+
+    The first `next` of each compiles and does not count. A candidate that fails there, as
+    its package is missing or has another API, gets a row that says so.
+    """
+    print_header(title, "seconds", "ratio to the first row")
+    seconds = {}
+    for name, epochs in candidates.items():
         try:
-            next(work)  # compiles, and does not count
-            times[name] = np.empty(rounds)
-        except (ImportError, AttributeError, TypeError, ValueError, RuntimeError) as e:
-            print_row(name, f"not available: {' '.join(str(e).split())}", "", "")
+            next(epochs)
+            seconds[name] = np.zeros(rounds)
+        except (ImportError, AttributeError, TypeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            print_row(name, f"not available: {reason}", "")
+
     for i in range(rounds):
-        for name, seconds in times.items():
+        for name, values in seconds.items():
             start = time.perf_counter()
-            next(works[name])
-            seconds[i] = time.perf_counter() - start
-    for name, t in times.items():
-        print_row(name, *map(spread, (t, t / times[ours], times[ours] / t)))
+            next(candidates[name])
+            values[i] = time.perf_counter() - start
+
+    first_row = next(iter(seconds.values()))
+    for name, values in seconds.items():
+        ratio = np.median(values / first_row)
+        print_row(name, median_and_range(values), f"{ratio:.2f}")
+    return seconds
 
 
-def spread(values: np.ndarray) -> str:
-    """Return the median and the range, as text."""
-    return "{1:.3f} ({0:.3f} to {2:.3f})".format(*np.quantile(values, (0, 0.5, 1)))
+def median_and_range(values: Iterable[float]) -> str:
+    lowest, median, highest = np.quantile(values, (0, 0.5, 1))
+    return f"{median:.3f} ({lowest:.3f} to {highest:.3f})"
 
 
-def print_row(*cells: str) -> None:
-    print("|", " | ".join(cells), "|", flush=True)
+def print_header(*names: str) -> None:
+    print()
+    print_row(*names)
+    print_row(*["---"] * len(names))
+
+
+def print_row(*cells: object) -> None:
+    print("|", " | ".join(map(str, cells)), "|", flush=True)

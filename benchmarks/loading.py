@@ -1,54 +1,81 @@
-"""Time loading with each loader: python benchmarks/loading.py --data-dir DIR"""
-
-from functools import cache, partial
+"""Time an epoch of loading: python benchmarks/loading.py --data-dir DIR"""
 
 import bench
 import jax
 import numpy as np
 import torch
+from bench import load_epochs
 from pytorch_mnist import make_train_loader
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 from torchvision.datasets import MNIST
 
-from common import NumpyLoader
+from common import FlattenAndCast, NumpyLoader
 
-OPTIONS = {"batch_size": 32, "shuffle": True, "drop_last": True}
-args, train_set = bench.setup(__doc__)
-images, labels = train_set.__getitems__([*range(60_000)])  # float32 (60000, 784)
+BATCH_SIZE = 32
 
 
-@cache
-def jax_dataloader(backend):
+def jax_dataloader_epochs(images, labels, backend):
     import jax_dataloader
 
     dataset = jax_dataloader.ArrayDataset(images, labels)
-    return jax_dataloader.DataLoader(dataset, backend, **OPTIONS)
+    yield from load_epochs(
+        jax_dataloader.DataLoader(
+            dataset, backend, batch_size=BATCH_SIZE, shuffle=True, drop_last=True
+        )
+    )
 
 
-@cache
-def grain(*read_options):
-    from grain import MapDataset, ReadOptions
+def grain_epochs(train_set, **read_options):
+    import grain
 
-    dataset = MapDataset.source(list(zip(images, labels))).seed(0).shuffle()
-    batches = dataset.batch(32, drop_remainder=True)
-    return batches.to_iter_dataset(ReadOptions(*read_options))
+    dataset = grain.MapDataset.source(train_set).seed(0).shuffle()
+    batches = dataset.batch(BATCH_SIZE, drop_remainder=True)
+    yield from load_epochs(batches.to_iter_dataset(grain.ReadOptions(**read_options)))
 
 
-tensors = TensorDataset(torch.from_numpy(images), torch.from_numpy(labels))
-to_numpy = partial(jax.tree.map, np.asarray)
-flat = MNIST(args.data_dir, transform=lambda image: np.float32(image).ravel())
-usual = DataLoader(flat, collate_fn=lambda x: to_numpy(default_collate(x)), **OPTIONS)
-by_hand = partial(bench.cut, np.random.permutation, 32, images, labels)
-loaders = {
-    "`NumpyLoader`": NumpyLoader(train_set, bench.KEY, **OPTIONS).__iter__,
-    "NumPy indexing by hand": by_hand,
-    "jax-dataloader, its own backend": partial(jax_dataloader, "jax"),
-    "jax-dataloader, PyTorch's backend": partial(jax_dataloader, "pytorch"),
-    "`TensorDataset` in a `DataLoader`": DataLoader(tensors, **OPTIONS).__iter__,
-    "Grain": partial(grain, 0, 0),
-    "Grain, its 16 read threads": grain,
-    "torchvision as in JAX's notebook": usual.__iter__,
-    "torchvision, `ToTensor`": make_train_loader(args.data_dir, 32).__iter__,
-}
-works = {name: bench.repeat(loader) for name, loader in loaders.items()}
-bench.compare("loading an epoch", works, args.rounds)
+def notebook_collate(batch):
+    """Collate as JAX's notebook "Training a simple neural network, with PyTorch" does."""
+    return jax.tree.map(np.asarray, default_collate(batch))
+
+
+def main() -> None:
+    parser = bench.make_parser(__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    train_set = bench.load_train_set(args.data_dir)
+    images = np.stack([image for image, _ in train_set])
+    labels = np.array([label for _, label in train_set])
+    tensors = TensorDataset(torch.from_numpy(images), torch.from_numpy(labels))
+    pictures = MNIST(args.data_dir, transform=FlattenAndCast())
+    options = {"batch_size": BATCH_SIZE, "shuffle": True, "drop_last": True}
+
+    candidates = {
+        "`NumpyLoader`": load_epochs(
+            NumpyLoader(train_set, jax.random.key(0), **options)
+        ),
+        "NumPy indexing by hand": load_epochs(
+            bench.ShuffledArrays(np.random.permutation, BATCH_SIZE, images, labels)
+        ),
+        "jax-dataloader, its own backend": jax_dataloader_epochs(images, labels, "jax"),
+        "jax-dataloader, PyTorch's backend": jax_dataloader_epochs(
+            images, labels, "pytorch"
+        ),
+        "`TensorDataset` in a `DataLoader`": load_epochs(
+            DataLoader(tensors, **options)
+        ),
+        "Grain, no threads": grain_epochs(
+            train_set, num_threads=0, prefetch_buffer_size=0
+        ),
+        "Grain, its default threads": grain_epochs(train_set),
+        "torchvision as in JAX's notebook": load_epochs(
+            DataLoader(pictures, collate_fn=notebook_collate, **options)
+        ),
+        "torchvision, `ToTensor`": load_epochs(
+            make_train_loader(args.data_dir, BATCH_SIZE)
+        ),
+    }
+    bench.compare("loading an epoch", candidates, args.rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,49 +1,19 @@
 import functools
 import os
-import tempfile
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from helpers import SCRIPTS, draw, load, record, run, write_mnist
 
-# Every run of a script compiles the same programs: once for all tests is enough. Older
-# releases of JAX read wrong programs from the cache, so there it takes longer.
-COMPILED = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-if tuple(map(int, version("jax").split(".")[:2])) >= (0, 7):
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-if "MNIST_DIR" not in os.environ:  # the tests compile more than they compute
-    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # On a GPU, the processes that tests start must share its memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-
-import jax
-import optax
-from helpers import SCRIPTS, load, write_mnist
-
-import common
-
-
-@pytest.fixture(scope="session", autouse=True)
-def traced_once():
-    """One model, optimizer and jitted init for all runs, so that each is traced once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "jit", functools.cache(jax.jit))
-        for name in ("adam", "linear_schedule"):
-            patch.setattr(optax, name, functools.cache(getattr(optax, name)))
-        for script in map(load, SCRIPTS[1:]):
-            patch.setattr(script, "MLP", functools.cache(script.MLP))
-        yield
 
 
 @pytest.fixture(scope="session")
 def small_mnist(tmp_path_factory):
     """A data directory with MNIST files of 640 training and 300 test digits."""
     data_dir = tmp_path_factory.mktemp("small_mnist")
-    write_mnist(
-        data_dir, common.draw_digits(640, seed=2), common.draw_digits(300, seed=3)
-    )
+    write_mnist(data_dir, draw(640, seed=2), draw(300, seed=3))
     return data_dir
 
 
@@ -65,3 +35,23 @@ def script(request):
 def flax_script(request):
     """Each of the two scripts that save checkpoints, as a module."""
     return load(request.param)
+
+
+@pytest.fixture(scope="session")
+def whole_run(small_mnist, tmp_path_factory):
+    """A function that returns the whole run of a script, and runs each only once.
+
+    20 steps, 10 an epoch, evaluated and saved after steps 7, 14 and 20.
+    """
+
+    @functools.cache
+    def run_once(script):
+        options = ["--epochs", 2, "--batch-size", 64, "--eval-every", 7]
+        if script.__name__ != "mlp_numpy_api":
+            path = tmp_path_factory.mktemp("whole_run") / script.__name__
+            options += ["--checkpoint", path]
+        with record(script) as steps:
+            result = run(script, small_mnist, *options)
+        return result._replace(steps=tuple(steps))
+
+    return run_once
