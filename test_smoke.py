@@ -1,11 +1,16 @@
-"""The quick check: each script learns, in 200 steps, to tell digits apart.
+"""The quick check of an installation: each script learns something in 200 steps.
 
-Needs neither a network nor MNIST: the scripts learn digits that they draw themselves.
-Run it alone with `python -m pytest test_smoke.py`.
+    python test_smoke.py
+
+takes about 15 seconds and needs neither MNIST nor a network: the scripts train on digits
+that they draw. What a failure means: if all scripts fail, jax, torch or numpy is broken, and
+the last line of the traceback says which; if only mlp_flax.py and mlp_flax_bn_dropout.py
+fail, flax or optax is, or they do not fit the installed jax.
 """
 
 import functools
 import importlib
+import sys
 
 import pytest
 
@@ -33,3 +38,7 @@ def test_accuracy_rises_above_chance(name, tmp_path, capsys):
     assert after > 0.6
     last_line = capsys.readouterr().out.splitlines()[-1]
     assert last_line == f"final test accuracy: {after:.2%} (drawn digits, not MNIST)"
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, "-q"]))

@@ -1,16 +1,14 @@
-"""What the benchmarks share: the scripts, options, timing in turn, tables."""
+"""What the benchmarks share: options, the scripts' steps, timing in turn, tables."""
 
 import argparse
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from pytorch_mnist import SETTINGS
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -23,77 +21,64 @@ from common import Pairs, load_mnist
 SCRIPTS = {1: mlp_numpy_api, 2: mlp_flax, 3: mlp_flax_bn_dropout}
 
 
-def make_parser(doc: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
-    parser.add_argument("--data-dir", required=True, help="where MNIST is")
-    return parser
-
-
-def load_train_set(data_dir: str) -> Pairs:
-    """Return the training set as the scripts load it; exit if it is not MNIST."""
-    train_set, _, data_name = load_mnist(data_dir)
+def setup(doc: str, count: str) -> tuple[argparse.Namespace, Pairs]:
+    """Return the options and the training set; exit if it is not MNIST."""
+    parser = argparse.ArgumentParser(description=doc)
+    parser.add_argument("--data-dir", required=True)
+    parser.add_argument(count, type=int, default=5)
+    args = parser.parse_args()
+    train_set, _, data_name = load_mnist(args.data_dir)
     if data_name != "MNIST":
-        sys.exit("error: these benchmarks need the real MNIST (see --data-dir)")
-    return train_set
+        parser.error(f"argument --data-dir: no MNIST in {args.data_dir}")
+    return args, train_set
 
 
-@dataclass
-class ShuffledArrays:
-    """Batches of two arrays or tensors, in a new random order each time."""
-
-    permutation: Callable  # np.random.permutation or torch.randperm
-    batch_size: int
-    x: Any
-    y: Any
-
-    def __iter__(self) -> Iterator[tuple]:
-        order = self.permutation(len(self.x))
-        for start in range(0, len(order) - self.batch_size + 1, self.batch_size):
-            indices = order[start : start + self.batch_size]
-            yield self.x[indices], self.y[indices]
+def shuffled(permutation: Callable, batch_size: int, x: Any, y: Any) -> Iterator[tuple]:
+    """Yield batches of arrays or tensors, shuffled by a function such as randperm."""
+    order = permutation(len(x))
+    for start in range(0, len(x) - batch_size + 1, batch_size):
+        indices = order[start : start + batch_size]
+        yield x[indices], y[indices]
 
 
 def start_script(stage: int, steps_per_epoch: int) -> tuple[Any, Callable]:
-    """Return a script's initial state and its step: (state, x, y) -> next state."""
+    """Return a script's initial state, and its step: (state, x, y) -> next state."""
     script = SCRIPTS[stage]
-    learning_rate = script.LEARNING_RATE
     total_steps = script.EPOCHS * steps_per_epoch
-    settings = (script.BATCH_SIZE, learning_rate, script.FINAL_LEARNING_RATE)
-    assert SETTINGS[stage] == settings, "pytorch_mnist.py has other settings"
-    key = jax.random.key(0)
+    params_key, dropout_key = jax.random.split(jax.random.key(0))
+
+    def stage_1_step(state, x, y):
+        params, i = state
+        lr = script.learning_rate_at(i, script.LEARNING_RATE, total_steps)
+        return script.sgd_update(params, x, y, lr), i + 1
+
+    def stage_2_step(state, x, y):
+        return script.train_step(state, x, y)[0]
+
+    def stage_3_step(state, x, y):
+        return script.train_step(state, x, y, dropout_key)[0]
 
     if stage == 1:
-        params = script.init_network_params(script.LAYER_SIZES, key)
-
-        def sgd_step(state, x, y):
-            params, i = state
-            lr = script.learning_rate_at(i, learning_rate, total_steps)
-            return script.sgd_update(params, x, y, lr), i + 1
-
-        return (params, 0), sgd_step
-
-    params_key, dropout_key = jax.random.split(key)
-    other_args = [dropout_key] if stage == 3 else []
-
-    def flax_step(state, x, y):
-        state, _ = script.train_step(state, x, y, *other_args)
-        return state
-
-    return script.create_train_state(params_key, learning_rate, total_steps), flax_step
+        params = script.init_network_params(script.LAYER_SIZES, params_key)
+        return (params, 0), stage_1_step
+    state = script.create_train_state(params_key, script.LEARNING_RATE, total_steps)
+    return state, stage_2_step if stage == 2 else stage_3_step
 
 
-def load_epochs(batches: Iterable) -> Iterator[None]:
-    """At each `next`, go through all batches and do nothing with them."""
+def load_epochs(make_batches: Callable[[], Iterable]) -> Iterator[None]:
+    """Go through an epoch's batches at each `next`, and do nothing with them."""
     while True:
-        for _ in batches:
+        for _ in make_batches():
             pass
         yield
 
 
-def train_epochs(batches: Iterable, state: Any, step: Callable) -> Iterator[None]:
-    """At each `next`, train for an epoch."""
+def train_epochs(
+    make_batches: Callable[[], Iterable], state: Any, step: Callable
+) -> Iterator[None]:
+    """Train for an epoch at each `next`."""
     while True:
-        for x, y in batches:
+        for x, y in make_batches():
             state = step(state, x, y)
         jax.block_until_ready(state)
         yield
@@ -102,9 +87,9 @@ def train_epochs(batches: Iterable, state: Any, step: Callable) -> Iterator[None
 def compare(
     title: str, candidates: dict[str, Iterator[None]], rounds: int
 ) -> dict[str, np.ndarray]:
-    """Time all candidates in turn, print a table, and return their seconds by round.
+    """Time an epoch of each candidate in each round, print a table, return the seconds.
 
-    The first `next` of each compiles and does not count. A candidate that fails there, as
+    An epoch beforehand compiles and does not count. A candidate that fails there, because
     its package is missing or has another API, gets a row that says so.
     """
     print_header(title, "seconds", "ratio to the first row")
@@ -130,16 +115,15 @@ def compare(
     return seconds
 
 
-def median_and_range(values: Iterable[float]) -> str:
-    lowest, median, highest = np.quantile(values, (0, 0.5, 1))
-    return f"{median:.3f} ({lowest:.3f} to {highest:.3f})"
+def median_and_range(values: np.ndarray) -> str:
+    return f"{np.median(values):.3f} ({values.min():.3f} to {values.max():.3f})"
 
 
-def print_header(*names: str) -> None:
+def print_header(*names: object) -> None:
     print()
     print_row(*names)
     print_row(*["---"] * len(names))
 
 
 def print_row(*cells: object) -> None:
-    print("|", " | ".join(map(str, cells)), "|", flush=True)
+    print("|", " | ".join(str(cell) for cell in cells), "|", flush=True)

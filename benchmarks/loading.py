@@ -1,5 +1,7 @@
 """Time an epoch of loading: python benchmarks/loading.py --data-dir DIR"""
 
+from functools import partial
+
 import bench
 import jax
 import numpy as np
@@ -11,68 +13,55 @@ from torchvision.datasets import MNIST
 
 from common import FlattenAndCast, NumpyLoader
 
-BATCH_SIZE = 32
+OPTIONS = {"batch_size": 32, "shuffle": True, "drop_last": True}
 
 
 def jax_dataloader_epochs(images, labels, backend):
     import jax_dataloader
 
     dataset = jax_dataloader.ArrayDataset(images, labels)
-    yield from load_epochs(
-        jax_dataloader.DataLoader(
-            dataset, backend, batch_size=BATCH_SIZE, shuffle=True, drop_last=True
-        )
-    )
+    loader = jax_dataloader.DataLoader(dataset, backend, **OPTIONS)
+    yield from load_epochs(lambda: loader)
 
 
-def grain_epochs(train_set, **read_options):
+def grain_epochs(train_set):
     import grain
 
     dataset = grain.MapDataset.source(train_set).seed(0).shuffle()
-    batches = dataset.batch(BATCH_SIZE, drop_remainder=True)
-    yield from load_epochs(batches.to_iter_dataset(grain.ReadOptions(**read_options)))
+    batches = dataset.batch(32, drop_remainder=True)
+    no_threads = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    loader = batches.to_iter_dataset(no_threads)  # slower with threads
+    yield from load_epochs(lambda: loader)
 
 
 def notebook_collate(batch):
-    """Collate as JAX's notebook "Training a simple neural network, with PyTorch" does."""
+    """Collate as JAX's notebook about data loading with PyTorch does."""
     return jax.tree.map(np.asarray, default_collate(batch))
 
 
 def main() -> None:
-    parser = bench.make_parser(__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
-    train_set = bench.load_train_set(args.data_dir)
+    args, train_set = bench.setup(__doc__, "--rounds")
     images = np.stack([image for image, _ in train_set])
-    labels = np.array([label for _, label in train_set])
+    labels = np.stack([label for _, label in train_set])
     tensors = TensorDataset(torch.from_numpy(images), torch.from_numpy(labels))
-    pictures = MNIST(args.data_dir, transform=FlattenAndCast())
-    options = {"batch_size": BATCH_SIZE, "shuffle": True, "drop_last": True}
+    mnist = MNIST(args.data_dir, transform=FlattenAndCast())
+    by_hand = partial(bench.shuffled, np.random.permutation, 32, images, labels)
+    jax_dataloader = partial(jax_dataloader_epochs, images, labels)
+
+    ours = NumpyLoader(train_set, jax.random.key(0), **OPTIONS)
+    tensor_loader = DataLoader(tensors, **OPTIONS)
+    notebook_loader = DataLoader(mnist, collate_fn=notebook_collate, **OPTIONS)
+    usual_loader = make_train_loader(args.data_dir, 32)
 
     candidates = {
-        "`NumpyLoader`": load_epochs(
-            NumpyLoader(train_set, jax.random.key(0), **options)
-        ),
-        "NumPy indexing by hand": load_epochs(
-            bench.ShuffledArrays(np.random.permutation, BATCH_SIZE, images, labels)
-        ),
-        "jax-dataloader, its own backend": jax_dataloader_epochs(images, labels, "jax"),
-        "jax-dataloader, PyTorch's backend": jax_dataloader_epochs(
-            images, labels, "pytorch"
-        ),
-        "`TensorDataset` in a `DataLoader`": load_epochs(
-            DataLoader(tensors, **options)
-        ),
-        "Grain, no threads": grain_epochs(
-            train_set, num_threads=0, prefetch_buffer_size=0
-        ),
-        "Grain, its default threads": grain_epochs(train_set),
-        "torchvision as in JAX's notebook": load_epochs(
-            DataLoader(pictures, collate_fn=notebook_collate, **options)
-        ),
-        "torchvision, `ToTensor`": load_epochs(
-            make_train_loader(args.data_dir, BATCH_SIZE)
-        ),
+        "`NumpyLoader`": load_epochs(lambda: ours),
+        "NumPy indexing by hand": load_epochs(by_hand),
+        "jax-dataloader, its own backend": jax_dataloader("jax"),
+        "jax-dataloader, PyTorch's backend": jax_dataloader("pytorch"),
+        "`TensorDataset` in a `DataLoader`": load_epochs(lambda: tensor_loader),
+        "Grain": grain_epochs(train_set),
+        "torchvision as in JAX's notebook": load_epochs(lambda: notebook_loader),
+        "torchvision, `ToTensor`": load_epochs(lambda: usual_loader),
     }
     bench.compare("loading an epoch", candidates, args.rounds)
 

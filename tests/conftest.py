@@ -1,12 +1,19 @@
 import functools
 import os
+import tempfile
 from pathlib import Path
+
+# Many tests run a whole script, and each run compiles the same programs: once is enough.
+# This must be set before JAX is imported.
+compiled = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+# On a GPU, the processes that tests start must share its memory.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import pytest
 from helpers import SCRIPTS, draw, load, record, run, write_mnist
-
-# On a GPU, the processes that tests start must share its memory.
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 @pytest.fixture(scope="session")

@@ -225,7 +225,7 @@ def test_regression(recipe, small_mnist):
     rmse = np.sqrt(((predictions - y) ** 2).mean())
     assert result.accuracy == pytest.approx(rmse, rel=1e-5)
     assert result.lines[-1] == f"final test RMSE: {rmse:.4f} (MNIST)"
-    assert rmse < y.std() / 2, "better than always predicting the mean"
+    assert rmse < 0.9 * y.std(), "better than always predicting the mean"
     with pytest.raises(AssertionError):  # shapes that would broadcast
         module.train_step(result.state, x, y[:, None])
 
