@@ -93,7 +93,7 @@ class NumpyLoader(DataLoader):
     runs JAX can deadlock. So the program needs `if __name__ == "__main__":`, the dataset
     and its transforms must be importable (no lambdas), each worker holds its own copy of
     the dataset, and it takes seconds to start: at every epoch, unless you pass
-    `persistent_workers=True`.
+    `persistent_workers=True`. With that, iterate over the loader in one place only.
 
     Raises TypeError if `rng_key` is something else, such as a batch size, and ValueError if
     arguments conflict.
@@ -167,7 +167,6 @@ MNIST_FILES = (
     "t10k-images-idx3-ubyte",
     "t10k-labels-idx1-ubyte",
 )
-DISK_ERRORS = {errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.EROFS}
 REMEDY = "replace the file, or delete it to have it downloaded"
 
 Pairs = list[tuple[np.ndarray, np.int32]]
@@ -264,11 +263,13 @@ def download_mnist(raw: Path, missing: Sequence[str]) -> None:
         redirect_stdout(messages),
         redirect_stderr(messages),
     ):
-        socket.setdefaulttimeout(5)  # seconds; the default is no timeout
+        socket.setdefaulttimeout(3)  # seconds, for each address of a mirror
         try:
             MNIST(scratch, download=True)  # also verifies checksums
         except Exception as error:  # a mirror can fail with many types of exceptions
-            if getattr(error, "errno", None) in DISK_ERRORS:
+            disk_errors = {errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO}
+            disk_errors |= {errno.ENOSPC, errno.EROFS}
+            if getattr(error, "errno", None) in disk_errors:
                 raise
             raise ConnectionError(" ".join(str(error).split())) from error
         finally:

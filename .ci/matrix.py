@@ -1,9 +1,9 @@
 """Test with the lowest and the newest releases that requirements.txt allows.
 
-    pip install uv && python .ci/matrix.py -x --durations=5
+    pip install uv && python .ci/matrix.py
 
-prints a table, a row for each Python and each end of the bounds. Other options than those
-below go to pytest. uv finds the Pythons, or downloads them.
+prints a table, a row for each Python and each end of the bounds. All other arguments, such
+as `-k loader`, are passed on to pytest. uv finds the Pythons, or downloads them.
 """
 
 import argparse
@@ -43,15 +43,16 @@ print("| --- " * (len(PACKAGES) + 3) + "|", flush=True)
 for resolution in args.resolution:
     for python in args.python:
         versions = run(python, resolution, "-c", PRINT_VERSIONS)
-        tests = run(python, resolution, "-m", "pytest", *pytest_args)
-        all_passed = all_passed and tests.returncode == 0
-        if versions.returncode != 0:
+        if versions.returncode != 0:  # uv has said why
             cells = [python, *["?"] * len(PACKAGES), "not installed"]
+            all_passed = False
         else:
-            cells = versions.stdout.split()
-            last_line = tests.stdout.strip().splitlines()[-1]
-            cells.append(last_line.strip("= ").partition(" in ")[0])
+            tests = run(python, resolution, "-m", "pytest", *pytest_args)
+            lines = tests.stdout.splitlines() or ["no output"]
+            summary = lines[-1].strip("= ").partition(" in ")[0]
+            cells = [*versions.stdout.split(), summary]
+            if tests.returncode != 0:
+                print(tests.stdout, file=sys.stderr)
+                all_passed = False
         print("|", " | ".join([resolution, *cells]), "|", flush=True)
-        if tests.returncode != 0:
-            print(tests.stdout, file=sys.stderr)
 sys.exit(not all_passed)

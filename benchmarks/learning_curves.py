@@ -63,14 +63,11 @@ def print_results(runs: dict[int, list[Run]]) -> None:
 
 
 def print_steps(curves: dict[int, list[dict]], article: np.ndarray) -> None:
-    bench.print_header(
-        "stage", "step", "mean of seeds", "article", "rerun", "ahead of both"
-    )
+    bench.print_header("stage", "step", "mean", "article", "rerun", "ahead of both")
     for stage, step, log, rerun in article:
         mean = np.mean([curve[step] for curve in curves[stage]])
-        ahead = mean > np.fmax(
-            log, rerun
-        )  # fmax ignores NaN: the article has no figure
+        # Where the article has no figure, log is NaN, and fmax takes the other one.
+        ahead = "yes" if mean > np.fmax(log, rerun) else "no"
         bench.print_row(stage, step, f"{mean:.2f}", log, rerun, ahead)
 
 

@@ -10,7 +10,7 @@ from torchvision.datasets import MNIST
 from torchvision.transforms import ToTensor
 
 EPOCHS = 5
-# Batch size, initial and final learning rate; bench.py checks them against the scripts.
+# Batch size, initial and final learning rate; training.py checks them against the scripts.
 SETTINGS = {1: (32, 0.3, 0.03), 2: (32, 1e-3, 1e-5), 3: (128, 3e-3, 1e-5)}
 
 

@@ -1,32 +1,166 @@
-"""common.py, the bridge: what the loader yields, in which order, from which datasets."""
+"""The loader of common.py: NumPy batches, and every promise of torch's DataLoader kept."""
 
-import os
-from collections import namedtuple
-from itertools import islice
+import random
+from collections import Counter, namedtuple
+from itertools import islice, permutations
 
 import jax
 import numpy as np
 import pytest
 import torch
-import torchvision
-from helpers import Squares
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils import data
+from torch.utils.data import DataLoader
+from torchvision.datasets import MNIST
+from torchvision.transforms import ToTensor
 
 import common
-from common import (
-    ArrayDataset,
-    FlattenAndCast,
-    JAXRandomSampler,
-    NumpyLoader,
-    numpy_collate,
-)
+from common import FlattenAndCast, JAXRandomSampler, NumpyLoader, numpy_collate
 
-KEY = jax.random.key(7)
+# No key is made up here: workers import this file, and must not compute with JAX.
 Point = namedtuple("Point", ["x", "y"])
+TENSORS = data.TensorDataset(torch.arange(10), torch.ones(10, 3))
 
 
-def epochs_of(loader, count=1):
-    return [np.concatenate(list(loader)).tolist() for _ in range(count)]
+class Stream(data.IterableDataset):
+    def __iter__(self):
+        return iter(range(10))
+
+
+class Counted(list):
+    """A dataset that counts how often a sample is loaded."""
+
+    loaded = 0
+
+    def __getitem__(self, i):
+        self.loaded += 1
+        return super().__getitem__(i)
+
+
+class Memory(list):
+    """A dataset that tells what the process that loads a sample has been through."""
+
+    events = "new"
+
+    def __getitem__(self, i):
+        return i, Memory.events
+
+
+def note_worker(worker_id):
+    Memory.events += f", worker {worker_id}"
+
+
+def shuffled(dataset, batch_size=1, **options):
+    key = jax.random.key(7)
+    return NumpyLoader(dataset, key, batch_size, shuffle=True, **options)
+
+
+def as_lists(batches, count=None):
+    return [batch.tolist() for batch in islice(batches, count)]
+
+
+# What makes no sense is refused at once.
+
+
+def test_second_argument_is_not_a_key():
+    keys = jax.random.split(jax.random.key(7))
+    for wrong in (32, np.array([0, 7], np.uint32), jax.numpy.zeros(2), keys):
+        with pytest.raises(TypeError, match="(?s)rng_key.*not a JAX key.*batch_size="):
+            NumpyLoader(range(100), wrong, shuffle=True)
+
+
+@pytest.mark.parametrize(
+    ("attempt", "message"),
+    [
+        (lambda: NumpyLoader([1], shuffle=True), "rng_key"),
+        (lambda: NumpyLoader([1], jax.random.key(7)), "rng_key"),
+        (lambda: NumpyLoader([1], jax.random.key(7), sampler=[0]), "rng_key"),
+        (lambda: NumpyLoader([1], batch_size=None), "batch_size=None"),
+        (lambda: shuffled([1], sampler=[0]), "sampler"),
+        (lambda: shuffled([1], batch_sampler=[[0]]), "batch_sampler"),
+        (lambda: shuffled(Stream()), "IterableDataset"),
+        (lambda: shuffled([1]).batches_from(-1), "step is -1"),
+        (lambda: shuffled([]).batches_from(0), "0 examples"),
+        (lambda: shuffled([1], 2, drop_last=True).batches_from(0), "1 examples.*=2"),
+        (lambda: NumpyLoader([1]).batches_from(0), "rng_key"),
+        (lambda: NumpyLoader([1], sampler=[0]).batches_from(0), "rng_key"),
+        (lambda: NumpyLoader([1], batch_sampler=[[0]]).batches_from(0), "rng_key"),
+    ],
+)
+def test_contradiction(attempt, message):
+    with pytest.raises(ValueError, match=message):
+        attempt()
+
+
+# Samples become batches.
+
+
+@pytest.mark.parametrize("make_loader", [NumpyLoader, shuffled])
+@pytest.mark.parametrize(
+    ("batch_size", "drop_last", "sizes"),
+    [(4, False, [4, 4, 2]), (4, True, [4, 4]), (5, True, [5, 5]), (11, False, [10])],
+)
+def test_batch_sizes(batch_size, drop_last, sizes, make_loader):
+    loader = make_loader(range(10), batch_size=batch_size, drop_last=drop_last)
+    assert len(loader) == len(sizes)
+    assert [len(batch) for batch in loader] == sizes
+
+
+def test_by_default_batches_of_one_in_the_order_of_the_dataset():
+    loader = NumpyLoader(range(3))
+    assert as_lists(loader) == as_lists(loader) == [[0], [1], [2]]
+
+
+def test_collate_fn_none_is_numpy_collate():
+    (batch,) = NumpyLoader([(1, 2), (3, 4)], batch_size=2, collate_fn=None)
+    assert [type(array) for array in batch] == [np.ndarray, np.ndarray]
+    assert as_lists(batch) == [[1, 3], [2, 4]]
+
+
+def test_own_collate_fn_gets_a_list_of_samples():
+    samples = [("a", 0), ("b", 1), ("c", 2)]
+    (batch,) = NumpyLoader(samples, batch_size=3, collate_fn=lambda batch: batch)
+    assert batch == samples
+
+
+def test_structure_of_a_sample_is_kept():
+    sample = {"point": Point(1, [2, 3]), "tuple": (4, {"flag": True})}
+    batch = numpy_collate([sample, sample])
+    assert jax.tree.structure(batch) == jax.tree.structure(sample)
+    assert batch["point"].y[1].tolist() == [3, 3]
+    assert batch["tuple"][1]["flag"].tolist() == [True, True]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [3, 1.5, True, np.float16(3), np.ones((2, 3), "uint8"), torch.ones(2, 3)],
+)
+def test_numbers_arrays_and_tensors_keep_their_dtype(value):
+    batch, array = numpy_collate([value, value]), np.asarray(value)
+    assert type(batch) is np.ndarray
+    assert (batch.shape, batch.dtype) == ((2, *array.shape), array.dtype)
+    assert np.array_equal(batch[1], array)
+
+
+@pytest.mark.parametrize("zeros", [np.zeros, torch.zeros])
+@pytest.mark.parametrize("shapes", [[(2,), (3,)], [(2, 4), (2, 1)], [(1, 2), (2,)]])
+def test_different_shapes_are_named(shapes, zeros):
+    samples = [(zeros(shape), 0) for shape in shapes]
+    with pytest.raises(ValueError, match="different shapes") as caught:
+        list(NumpyLoader(samples, batch_size=2))
+    for shape in shapes:
+        assert ", ".join(map(str, shape)) in str(caught.value)
+
+
+@pytest.mark.parametrize("other", [(1,), [1, 2], (1, (2, 3)), (1, None)])
+def test_different_structures_are_refused(other):
+    with pytest.raises(ValueError):
+        numpy_collate([(1, 2), other])
+
+
+def test_random_transform_is_applied_to_each_image(small_mnist):
+    noise = MNIST(small_mnist, transform=lambda image: random.random())
+    x, _ = next(iter(NumpyLoader(noise, batch_size=8)))
+    assert len(set(x)) == 8
 
 
 @pytest.mark.parametrize("data_dir", ["small_mnist", "real_mnist"])
@@ -34,237 +168,136 @@ def epochs_of(loader, count=1):
 def test_batches_equal_torchvision_image_by_image(data_dir, train, request):
     data_dir = request.getfixturevalue(data_dir)
     ours = common.load_mnist(data_dir)[0 if train else 1]
-    theirs = torchvision.datasets.MNIST(
-        data_dir, train=train, transform=torchvision.transforms.ToTensor()
-    )
-    assert len(ours) == len(theirs)
-    i = 0
-    for x, y in NumpyLoader(ours, batch_size=500):
-        assert (x.shape, x.dtype) == ((len(y), 784), np.float32)
-        assert y.dtype == np.int32
-        for image, label in zip(x, y):
-            their_image, their_label = theirs[i]
-            assert np.array_equal(image, their_image.numpy().ravel())
-            assert label == their_label
-            i += 1
-    assert i == len(theirs)
+    theirs = MNIST(data_dir, train=train, transform=ToTensor())
+    batches = NumpyLoader(ours, batch_size=100)
+    pairs = [pair for x, y in batches for pair in zip(x, y, strict=True)]
+    for (x, y), (image, label) in zip(pairs, theirs, strict=True):
+        assert (x.dtype, y.dtype) == (np.float32, np.int32)
+        assert np.array_equal(x, image.numpy().ravel())
+        assert y == label
 
 
-def test_transform_takes_pil_images_bytes_and_batches_alike():
-    images = common.draw_digits(3, seed=0).images
-    pil = torchvision.transforms.functional.to_pil_image(images[0])
-    expected = torchvision.transforms.functional.to_tensor(pil).numpy().ravel()
-    for picture in (pil, images[0], torch.from_numpy(images[0])):
-        vector = FlattenAndCast()(picture)
-        assert (vector.shape, vector.dtype) == ((784,), np.float32)
-        assert np.array_equal(vector, expected)
-    batch = FlattenAndCast()(images)
-    assert (batch.shape, batch.dtype) == ((3, 784), np.float32)
-    assert np.array_equal(batch[0], expected)
-
-
-def test_one_indexing_equals_example_by_example():
-    fast = common.draw_digits(50, seed=0)
-    slow = [fast[i] for i in range(50)]  # a list is a map-style dataset, too
-    for a, b in zip(
-        NumpyLoader(fast, KEY, batch_size=8, shuffle=True),
-        NumpyLoader(slow, KEY, batch_size=8, shuffle=True),
-        strict=True,
-    ):
-        assert type(a) is type(b) is tuple
-        for left, right in zip(a, b, strict=True):
-            assert left.dtype == right.dtype
-            assert np.array_equal(left, right)
-
-
-def test_a_batch_is_cut_by_one_call_of_the_transform():
-    calls = []
-    digits = common.draw_digits(20, seed=0)
-    dataset = ArrayDataset(
-        digits.images, digits.labels, lambda x: calls.append(x.shape) or x
-    )
-    assert len(list(NumpyLoader(dataset, batch_size=10))) == 2
-    assert calls == [(10, 28, 28)] * 2
-
-
-def test_every_example_once_an_epoch_in_an_order_of_its_own():
-    loader = NumpyLoader(range(100), KEY, batch_size=7, shuffle=True)
-    first, second, third = epochs_of(loader, 3)
-    assert sorted(first) == sorted(second) == sorted(third) == list(range(100))
-    assert len({tuple(order) for order in (first, second, third, range(100))}) == 4
-
-
-def test_key_and_epoch_decide_the_order():
-    loader = NumpyLoader(range(100), KEY, batch_size=7, shuffle=True)
-    first, second = epochs_of(loader, 2)
-    again = NumpyLoader(range(100), KEY, batch_size=7, shuffle=True)
-    next(iter(again))  # an epoch that is begun and left
-    assert epochs_of(again) == [second]
-    again.sampler.epoch = 0
-    assert epochs_of(again) == [first]
-    other = NumpyLoader(range(100), jax.random.key(8), batch_size=7, shuffle=True)
-    assert epochs_of(other) != [first]
-
-
-def test_orders_are_uniform():
-    """Each of the 24 orders of 4 examples comes about as often as the others."""
-    sampler = JAXRandomSampler(range(4), KEY)
-    counts = {}
-    for _ in range(2400):
-        order = tuple(sampler)
-        counts[order] = counts.get(order, 0) + 1
-    assert len(counts) == 24
-    assert sum((c - 100) ** 2 / 100 for c in counts.values()) < 60  # chi-squared, 23
-
-
-def test_sampler_takes_old_keys():
-    old, new = jax.random.PRNGKey(7), jax.random.key(7)
-    assert list(JAXRandomSampler(range(9), old)) == list(
-        JAXRandomSampler(range(9), new)
-    )
-
-
-@pytest.mark.parametrize("shuffle", [True, False])
-@pytest.mark.parametrize(
-    ("batch_size", "drop_last", "sizes"),
-    [
-        (4, False, [4, 4, 2]),
-        (4, True, [4, 4]),
-        (5, False, [5, 5]),
-        (5, True, [5, 5]),
-        (11, False, [10]),
-    ],
-)
-def test_batch_sizes(batch_size, drop_last, sizes, shuffle):
-    loader = NumpyLoader(
-        range(10), KEY, batch_size, shuffle=shuffle, drop_last=drop_last
-    )
-    assert len(loader) == len(sizes)
-    assert [len(batch) for batch in loader] == sizes
-
-
-def test_defaults_are_those_of_dataloader():
-    assert [batch.tolist() for batch in NumpyLoader(range(3))] == [[0], [1], [2]]
-    doubled = NumpyLoader(range(3), collate_fn=lambda batch: 2 * batch[0])
-    assert list(doubled) == [0, 2, 4]
-
-
-def test_without_shuffle_the_order_is_the_datasets():
-    assert epochs_of(NumpyLoader(range(10), batch_size=4), 2) == [list(range(10))] * 2
-
-
-def test_shuffle_needs_a_key():
-    with pytest.raises(ValueError, match="rng_key"):
-        NumpyLoader(range(10), shuffle=True)
-
-
-@pytest.mark.parametrize("shuffle", [True, False])
-@pytest.mark.parametrize("drop_last", [True, False])
-@pytest.mark.parametrize("step", [0, 1, 4, 5, 6, 13])
-def test_batches_from_a_step_go_on_like_a_run_that_never_stopped(
-    shuffle, drop_last, step
-):
-    def batches(start):
-        loader = NumpyLoader(range(23), KEY, 5, shuffle=shuffle, drop_last=drop_last)
-        return (batch.tolist() for batch in loader.batches_from(start))
-
-    whole = list(islice(batches(0), 20))
-    assert list(islice(batches(step), 20 - step)) == whole[step:]
-    epoch = [i for batch in whole[:5] for i in batch]
-    assert drop_last or sorted(epoch) == list(range(23))
-
-
-def test_batches_do_not_care_who_else_iterates():
-    loader = NumpyLoader(range(23), KEY, 5, shuffle=True)
-    undisturbed = [batch.tolist() for batch in islice(loader.batches_from(0), 15)]
-    disturbed = []
-    for batch in islice(loader.batches_from(0), 15):
-        disturbed.append(batch.tolist())
-        list(loader)
-    assert disturbed == undisturbed
-
-
-def test_subset_keeps_its_indices():
-    digits = common.draw_digits(50, seed=0)
-    (x, y), *rest = NumpyLoader(Subset(digits, [40, 3, 17]), batch_size=3)
-    assert not rest
-    assert np.array_equal(y, digits.labels[[40, 3, 17]])
-    assert np.array_equal(x, FlattenAndCast()(digits.images[[40, 3, 17]]))
-
-
-def test_collate_keeps_the_structure():
-    def sample(i):
-        return {
-            "image": torch.full((2, 2), float(i)),
-            "point": Point(i, [np.float32(i), i]),
-            "tuple": (i, {"flag": i > 0}),
-        }
-
-    batch = numpy_collate([sample(0), sample(1), sample(2)])
-    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(batch))
-    assert batch["image"].shape == (3, 2, 2)
-    assert batch["image"].dtype == np.float32
-    assert isinstance(batch["point"], Point)
-    assert isinstance(batch["point"].y, list)
-    assert batch["point"].y[0].tolist() == [0.0, 1.0, 2.0]
-    assert isinstance(batch["tuple"], tuple)
-    assert batch["tuple"][1]["flag"].tolist() == [False, True, True]
-
-
-@pytest.mark.parametrize(
-    "samples",
-    [
-        [np.zeros(2), np.zeros(3)],
-        [(1, np.zeros(2)), (1, np.zeros((2, 1)))],
-        [(1, 2), (1,)],
-        [{"a": 1}, {"b": 1}],
-    ],
-)
-def test_samples_that_cannot_be_stacked(samples):
-    with pytest.raises(ValueError):
-        list(NumpyLoader(samples, batch_size=2))
-
-
-def test_torch_datasets():
-    x = torch.arange(12.0).reshape(6, 2)
-    (a, b), _ = NumpyLoader(TensorDataset(x, x[:, 0]), batch_size=3)
-    assert isinstance(a, np.ndarray)
-    assert np.array_equal(a, x[:3].numpy())
-    assert np.array_equal(b, x[:3, 0].numpy())
-
-
-def test_client_code_of_the_article(small_mnist):
-    """Its loader call, word for word, and an epoch through it."""
-    mnist = torchvision.datasets.MNIST(small_mnist, transform=FlattenAndCast())
-    loader = NumpyLoader(
-        mnist,
-        jax.random.PRNGKey(0),
+def test_code_of_the_article(small_mnist):
+    mnist_dataset = MNIST(small_mnist, download=True, transform=FlattenAndCast())
+    loader_key = jax.random.PRNGKey(0)
+    training_generator = NumpyLoader(
+        mnist_dataset,
+        loader_key,
         batch_size=32,
         shuffle=True,
         num_workers=0,
         collate_fn=numpy_collate,
         drop_last=True,
     )
-    assert isinstance(loader, DataLoader)
-    batches = list(loader)
-    assert len(batches) == 20
-    assert {x.shape for x, _ in batches} == {(32, 784)}
-    assert {x.dtype for x, _ in batches} == {np.dtype("float32")}
-    assert {type(y) for _, y in batches} == {np.ndarray}
+    assert len(training_generator) == 20
+    for x, y in training_generator:
+        assert (x.shape, x.dtype) == ((32, 784), np.float32)
+        assert (y.shape, type(y)) == ((32,), np.ndarray)
 
 
-def test_workers_give_the_same_batches_without_a_fork(monkeypatch):
-    jax.numpy.zeros(3).block_until_ready()  # JAX's threads run in this process
-    assert Squares()[0]["jax"]
-    monkeypatch.setattr(os, "fork", lambda: pytest.fail("a fork"))
-    options = {"batch_size": 4, "shuffle": True}
-    alone = NumpyLoader(Squares(), jax.random.key(0), **options)
-    helped = NumpyLoader(Squares(), jax.random.key(0), num_workers=1, **options)
-    workers = set()
-    for _ in range(2):  # epochs
-        for expected, batch in zip(alone, helped, strict=True):
-            assert np.array_equal(expected["square"], batch["square"])
-            assert expected["jax"].all()
-            assert not batch["jax"].any(), "JAX runs in a worker"
-        workers |= {worker.pid for worker in helped._iterator._workers}
-    assert len(workers) == 1, "a worker lives as long as its loader"
+# What works with DataLoader works here.
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        TENSORS,
+        data.StackDataset(x=range(10), y=TENSORS),
+        data.ConcatDataset([TENSORS, TENSORS]),
+        data.random_split(TENSORS, [4, 6])[1],
+        Stream(),
+    ],
+)
+def test_dataset_is_loaded_as_by_dataloader(dataset):
+    ours = jax.tree.leaves(list(NumpyLoader(dataset, batch_size=4)))
+    theirs = jax.tree.leaves(list(DataLoader(dataset, batch_size=4)))
+    for array, tensor in zip(ours, theirs, strict=True):
+        assert type(array) is np.ndarray
+        assert np.array_equal(array, tensor)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sampler": [5, 3, 8]},
+        {"sampler": data.DistributedSampler(range(10), num_replicas=2, rank=1)},
+        {"batch_sampler": [[1, 2], [0], [7, 8, 9]]},
+        {"collate_fn": data.default_collate, "batch_size": 4},
+        {"generator": torch.Generator(), "batch_size": 4},
+        {"pin_memory": True, "batch_size": 4},
+    ],
+)
+def test_option_works_as_with_dataloader(options):
+    ours, theirs = NumpyLoader(range(10), **options), DataLoader(range(10), **options)
+    assert as_lists(ours) == as_lists(theirs)
+
+
+def test_workers_are_spawned_and_compute_nothing_with_jax(monkeypatch):
+    monkeypatch.setattr(Memory, "events", "forked")
+    monkeypatch.setenv("JAX_PLATFORMS", "none")  # a worker that computes fails
+    options = {"worker_init_fn": note_worker, "prefetch_factor": 3}
+    batches = list(shuffled(Memory(range(10)), 4, num_workers=1, **options))
+    assert as_lists(i for i, _ in batches) == as_lists(shuffled(range(10), 4))
+    assert {event for _, events in batches for event in events} == {"new, worker 0"}
+
+
+# The order.
+
+
+@pytest.mark.parametrize("make_key", [jax.random.key, jax.random.PRNGKey])
+def test_order_is_jaxs_permutation_for_the_key_and_the_epoch(make_key):
+    sampler = JAXRandomSampler(range(100), make_key(7))
+    for epoch in range(3):
+        epoch_key = jax.random.fold_in(jax.random.key(7), epoch)
+        assert list(sampler) == jax.random.permutation(epoch_key, 100).tolist()
+
+
+def test_all_orders_are_equally_likely():
+    sampler = JAXRandomSampler(range(3), jax.random.key(7))
+    counts = Counter(tuple(sampler) for _ in range(600))
+    assert set(counts) == set(permutations(range(3)))
+    assert all(70 < count < 130 for count in counts.values())
+
+
+def test_sampler_starts_at_any_index_of_any_epoch():
+    sampler = JAXRandomSampler(range(10), jax.random.key(7))
+    orders = [list(sampler) for _ in range(4)]
+    sampler.start_at(epoch=2, skip=3)
+    assert [list(sampler), list(sampler)] == [orders[2][3:], orders[3]]
+
+
+# batches_from: a run goes on where it was stopped.
+
+
+@pytest.mark.parametrize("drop_last", [True, False])
+@pytest.mark.parametrize("step", [0, 1, 3, 4, 5, 6, 13])
+def test_batches_from_a_step_are_those_of_a_run_that_never_stopped(step, drop_last):
+    loader = shuffled(range(23), 5, drop_last=drop_last)
+    whole = [batch for _epoch in range(4) for batch in as_lists(loader)]
+    assert as_lists(loader.batches_from(step), len(whole) - step) == whole[step:]
+
+
+def test_skipped_examples_are_not_loaded():
+    dataset = Counted(range(20))
+    next(shuffled(dataset, 4).batches_from(8))  # an epoch has 5 batches
+    assert dataset.loaded == 4
+
+
+def test_iterations_of_one_loader_do_not_disturb_each_other():
+    loader = shuffled(range(12), 6)
+    undisturbed = as_lists(loader.batches_from(0), 8)
+    batches, others = loader.batches_from(0), loader.batches_from(3)
+    disturbed = []
+    for _ in range(8):
+        disturbed += as_lists(batches, 1)
+        list(loader)
+        next(others)
+    assert disturbed == undisturbed
+
+
+def test_iterations_with_workers_do_not_disturb_each_other():
+    loader = shuffled(range(12), 4, num_workers=1)
+    other, batches = iter(loader), loader.batches_from(0)
+    start = as_lists(batches, 1)
+    assert len(list(other)) == 3
+    assert start + as_lists(batches, 2) == as_lists(shuffled(range(12), 4))

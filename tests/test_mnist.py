@@ -1,0 +1,369 @@
+"""MNIST of common.py, whatever the files, the network or the disk are like."""
+
+import errno
+import gzip
+import hashlib
+import os
+import socket
+import sys
+import tempfile
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import numpy as np
+import pytest
+import torch
+from helpers import idx
+from torchvision.datasets import MNIST
+from torchvision.transforms.functional import to_pil_image
+
+import common
+from common import DataError, FlattenAndCast, draw_digits, load_mnist, numpy_collate
+
+IMAGES = np.random.default_rng(0).integers(256, size=(30, 28, 28), dtype=np.uint8)
+LABELS = np.arange(30) % 10
+TRAIN_X, TRAIN_Y = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
+TEST_X, TEST_Y = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
+FILES = {
+    TRAIN_X: idx(IMAGES[:20]),
+    TRAIN_Y: idx(LABELS[:20]),
+    TEST_X: idx(IMAGES[20:]),
+    TEST_Y: idx(LABELS[20:]),
+}
+PACKED = {f"{name}.gz": gzip.compress(data, mtime=0) for name, data in FILES.items()}
+DOTTED = {name.replace("-idx", ".idx"): content for name, content in FILES.items()}
+DOTTED_PACKED = {name.replace("-idx", ".idx"): gz for name, gz in PACKED.items()}
+DRAWN = "drawn digits, not MNIST"
+
+
+def write(directory, files):
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (directory / name).write_bytes(content)
+
+
+def contents(directory):
+    """Each path below the directory, with the bytes if it is a file."""
+    return {
+        path.relative_to(directory).as_posix(): path.is_file() and path.read_bytes()
+        for path in directory.rglob("*")
+    }
+
+
+def error_of_loading(data_dir):
+    with pytest.raises(DataError) as caught:
+        load_mnist(data_dir)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        behaviour, body = self.server.behaviour, PACKED[self.path.strip("/")]
+        if behaviour == "silent":
+            time.sleep(3)
+        if behaviour == "404":
+            return self.send_error(404)
+        if behaviour == "error page":
+            body = b"<html>Welcome to this hotel's network</html>"
+        if behaviour == "wrong file":
+            body = gzip.compress(b"something else")
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if behaviour in ("stops", "truncated"):
+            body = body[: len(body) // 2]
+        if self.command == "GET":
+            self.wfile.write(body)
+            time.sleep(3 if behaviour == "stops" else 0)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def mirror(monkeypatch):
+    """A server from which torchvision downloads; `behaviour` says how it answers."""
+    resources = [(name, hashlib.md5(gz).hexdigest()) for name, gz in PACKED.items()]
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.behaviour = "good"
+        server.handle_error = lambda *args: None  # clients that hang up are expected
+        url = f"http://127.0.0.1:{server.server_port}/"
+        monkeypatch.setattr(MNIST, "mirrors", [url])
+        monkeypatch.setattr(MNIST, "resources", resources)
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:1/"])
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+@pytest.fixture(autouse=True)
+def draw_only_twenty(monkeypatch):
+    """And repeat them, to save time."""
+
+    def draw(n, seed):
+        return draw_digits(20, seed) * (n // 20)
+
+    monkeypatch.setattr(common, "draw_digits", draw)
+
+
+# Files that are there are read, wherever they are, and stay as they are.
+
+
+@pytest.mark.parametrize("place", ["MNIST/raw", "raw", "."])
+@pytest.mark.parametrize("files", [FILES, PACKED, DOTTED, DOTTED_PACKED], ids=min)
+def test_files_are_found_and_left_alone(place, files, no_network, tmp_path):
+    write(tmp_path / place, files)
+    before = contents(tmp_path)
+    train_set, test_set, name = load_mnist(str(tmp_path))
+    assert contents(tmp_path) == before
+    assert (len(train_set), len(test_set), name) == (20, 10, "MNIST")
+    images, labels = numpy_collate(train_set + test_set)
+    assert (images.dtype, labels.dtype) == (np.float32, np.int32)
+    assert np.array_equal(images, IMAGES.reshape(30, 784) / np.float32(255))
+    assert np.array_equal(labels, LABELS)
+
+
+def test_directories_named_like_the_files(no_network, tmp_path):
+    """As in an archive on Kaggle, which holds each file twice."""
+    write(tmp_path, DOTTED)
+    for name, content in FILES.items():
+        write(tmp_path / name, {name: content})
+    assert load_mnist(tmp_path)[2] == "MNIST"
+
+
+DAMAGES = {
+    "empty": (TRAIN_X, b"", "IDX file"),
+    "no shape": (TRAIN_X, FILES[TRAIN_X][:4], "IDX file"),
+    "no images": (TRAIN_X, idx(IMAGES[:0]), "0 values"),
+    "a byte less": (TRAIN_X, FILES[TRAIN_X][:-1], "15679 values"),
+    "a byte more": (TRAIN_Y, FILES[TRAIN_Y] + b"0", "21 values"),
+    "type float": (TRAIN_X, b"\0\0\x0d\3" + FILES[TRAIN_X][4:], "IDX file"),
+    "one image": (TRAIN_X, idx(IMAGES[0]), "IDX file"),
+    "labels in a column": (TRAIN_Y, idx(LABELS[:20, None]), "IDX file"),
+    "other height": (TRAIN_X, idx(IMAGES[:20, 1:]), "shape (20, 27, 28)"),
+    "other shape": (TRAIN_X, idx(IMAGES[:20].reshape(20, 14, 56)), "(20, 14, 56)"),
+    "an image less": (TRAIN_X, idx(IMAGES[:19]), "20 labels"),
+    "a label less": (TRAIN_Y, idx(LABELS[:19]), "19 labels"),
+    "label 10": (TEST_Y, idx(LABELS[20:] + 1), "label 10"),
+    "packed, but not by name": (TEST_Y, PACKED[f"{TEST_Y}.gz"], "IDX file"),
+    "packed by name only": (f"{TEST_Y}.gz", FILES[TEST_Y], "unpack"),
+    "pack cut off": (f"{TEST_Y}.gz", PACKED[f"{TEST_Y}.gz"][:-9], "unpack"),
+    "pack of noise": (f"{TEST_Y}.gz", PACKED[f"{TEST_Y}.gz"][:10] + b"noise", "unpack"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "problem"), DAMAGES.values(), ids=DAMAGES)
+def test_damaged_file_is_named_and_kept(name, content, problem, mirror, tmp_path):
+    write(tmp_path, FILES)
+    (tmp_path / name.removesuffix(".gz")).unlink()
+    write(tmp_path, {name: content})
+    before = contents(tmp_path)
+    message = error_of_loading(tmp_path)
+    assert str(tmp_path / name) in message
+    assert problem in message
+    assert "delete it" in message, "the remedy"
+    assert contents(tmp_path) == before
+
+
+def test_images_and_labels_of_different_counts_make_no_pairs():
+    with pytest.raises(ValueError):
+        common.make_pairs(IMAGES[:20], LABELS[:10])
+
+
+# Files that are missing are downloaded or named.
+
+
+def test_download_is_complete_and_the_only_one(mirror, tmp_path, monkeypatch):
+    train_set, test_set, name = load_mnist(tmp_path)
+    assert (len(train_set), len(test_set), name) == (20, 10, "MNIST")
+    assert contents(tmp_path / "MNIST" / "raw") == FILES
+    monkeypatch.setattr(MNIST, "download", lambda self: pytest.fail("another one"))
+    assert load_mnist(tmp_path)[2] == "MNIST"
+
+
+def test_missing_files_are_completed(mirror, tmp_path):
+    write(tmp_path / "MNIST" / "raw", {TEST_Y: idx(LABELS[:10][::-1])})
+    _, test_set, name = load_mnist(tmp_path)
+    assert name == "MNIST"
+    assert [label for _, label in test_set] == [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]
+
+
+def test_missing_files_are_named(no_network, tmp_path):
+    write(tmp_path, {TRAIN_X: FILES[TRAIN_X], f"{TEST_Y}.gz": PACKED[f"{TEST_Y}.gz"]})
+    message = error_of_loading(tmp_path)
+    assert f"{tmp_path} lacks {TRAIN_Y}, {TEST_X}, and" in message
+    assert "refused" in message
+
+
+def test_other_files_are_named(no_network, tmp_path):
+    write(tmp_path / "MNIST" / "processed", {"training.pt": b"of an old torchvision"})
+    assert str(Path("processed", "training.pt")) in error_of_loading(tmp_path)
+
+
+@pytest.mark.parametrize("directory", [".git", "MNIST/raw/.download-killed/MNIST/raw"])
+def test_hidden_files_do_not_count(directory, no_network, tmp_path):
+    write(tmp_path / directory, {".hidden": b"", TRAIN_X: b"half a file"})
+    assert load_mnist(tmp_path)[2] == DRAWN
+
+
+# Whatever the network does, there are digits in time.
+
+
+def test_no_network(no_network, tmp_path, capsys):
+    train_set, test_set, name = load_mnist(tmp_path)
+    assert (len(train_set), len(test_set), name) == (10_000, 2_000, DRAWN)
+    assert not np.array_equal(train_set[0][0], test_set[0][0])
+    stdout, stderr = capsys.readouterr()
+    assert stdout == ""
+    assert f"drawing digits: {tmp_path} has no MNIST" in stderr
+    assert "refused" in stderr
+
+
+REASONS = {"silent": "timed out", "stops": "timed out", "404": "404"}
+REASONS |= dict.fromkeys(["error page", "wrong file", "truncated"], "corrupted")
+
+
+@pytest.mark.parametrize(("behaviour", "reason"), REASONS.items())
+def test_bad_mirror(behaviour, reason, mirror, tmp_path, monkeypatch, capsys):
+    mirror.behaviour = behaviour
+    real = socket.setdefaulttimeout
+    monkeypatch.setattr(socket, "setdefaulttimeout", lambda t: real(t and t / 5))
+    start = time.monotonic()
+    assert load_mnist(tmp_path)[2] == DRAWN
+    assert time.monotonic() - start < 3, "half a minute, were timeouts not shortened"
+    assert contents(tmp_path / "MNIST" / "raw") == {}
+    stdout, stderr = capsys.readouterr()
+    assert stdout == ""
+    assert reason in stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("network", ["mirror", "no_network"])
+def test_socket_timeout_is_put_back(network, tmp_path, request):
+    request.getfixturevalue(network)
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(77)
+    load_mnist(tmp_path)
+    after = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(before)
+    assert after == 77
+
+
+def test_download_without_stderr(mirror, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert load_mnist(tmp_path)[2] == "MNIST"
+
+
+# Whatever the disk does, no broken file stays.
+
+
+@pytest.mark.parametrize(
+    ("owner", "function", "code"),
+    [
+        (Path, "mkdir", errno.EROFS),
+        (tempfile, "mkdtemp", errno.ENOSPC),
+        (MNIST, "download", errno.ENOSPC),
+        (MNIST, "download", errno.EDQUOT),
+        (MNIST, "download", errno.EROFS),
+        (MNIST, "download", errno.EACCES),
+        (Path, "replace", errno.ENOSPC),
+    ],
+)
+def test_disk_full_or_read_only(owner, function, code, mirror, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(owner, function, fail)
+    message = error_of_loading(tmp_path)
+    assert str(tmp_path) in message
+    assert os.strerror(code) in message
+    assert contents(tmp_path / "MNIST" / "raw") == {}
+
+
+def test_limit_of_the_file_size(mirror, tmp_path):
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        assert f"{tmp_path}: [Errno {errno.EFBIG}]" in error_of_loading(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert contents(tmp_path / "MNIST" / "raw") == {}
+
+
+def test_data_directory_is_a_file(mirror, tmp_path):
+    write(tmp_path, {"data": b"mine"})
+    assert f"directory {tmp_path / 'data'}: " in error_of_loading(tmp_path / "data")
+    assert contents(tmp_path) == {"data": b"mine"}
+
+
+def test_interrupted_download_leaves_nothing(mirror, tmp_path, monkeypatch):
+    def interrupt(self):
+        download(self)
+        raise KeyboardInterrupt
+
+    download = MNIST.download
+    monkeypatch.setattr(MNIST, "download", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        load_mnist(tmp_path)
+    assert contents(tmp_path / "MNIST" / "raw") == {}
+
+
+def test_two_runs_at_once(mirror, tmp_path, monkeypatch, capsys):
+    def another_run_comes_first(self):
+        monkeypatch.setattr(MNIST, "download", download)
+        print("Downloading ...")  # as some releases of torchvision do
+        assert load_mnist(tmp_path)[2] == "MNIST"
+        download(self)
+
+    download = MNIST.download
+    monkeypatch.setattr(MNIST, "download", another_run_comes_first)
+    assert load_mnist(tmp_path)[2] == "MNIST"
+    assert contents(tmp_path / "MNIST" / "raw") == FILES
+    assert capsys.readouterr().out == "", "stdout is for the log"
+
+
+# The drawn digits, and the transform.
+
+
+def test_seed_decides_the_drawn_digits():
+    (x, y), (same_x, same_y), (other_x, other_y) = (
+        numpy_collate(draw_digits(50, seed)) for seed in (0, 0, 1)
+    )
+    assert np.array_equal(x, same_x) and np.array_equal(y, same_y)
+    assert not np.array_equal(x, other_x) and not np.array_equal(y, other_y)
+
+
+def test_drawn_digits_are_whole_and_varied():
+    x, y = numpy_collate(draw_digits(500, seed=0))
+    assert (x.shape, x.dtype, y.dtype) == ((500, 784), np.float32, np.int32)
+    assert (x.min(), x.max(), set(y)) == (0, 1, set(range(10)))
+    ink = x.reshape(-1, 28, 28) > 0.5
+    assert ink[:, 1:-1, 1:-1].sum() > 0.999 * ink.sum(), "some are cut off"
+    leans = [np.corrcoef(*one.nonzero())[0, 1] for one in ink[y == 1]]
+    assert min(leans) < -0.2 and max(leans) > 0.2, "all are upright"
+    rows_of_ones = ink[y == 1].any(axis=2)
+    assert rows_of_ones.argmax(axis=1).std() > 1, "all have the same position"
+    assert rows_of_ones.sum(axis=1).std() > 1, "all have the same size"
+    assert len(np.unique(x, axis=0)) == 500
+
+
+def test_transform():
+    vector = IMAGES[0].ravel() / np.float32(255)
+    for image in (IMAGES[0], to_pil_image(IMAGES[0]), torch.tensor(IMAGES[0])):
+        assert FlattenAndCast()(image).dtype == np.float32
+        assert np.array_equal(FlattenAndCast()(image), vector)
+    batches = FlattenAndCast()(IMAGES.reshape(5, 6, 28, 28))
+    assert batches.shape == (5, 6, 784)
+    assert np.array_equal(batches[0, 0], vector)
