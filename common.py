@@ -5,7 +5,6 @@ half reads MNIST. A dataset in memory is a plain list of (image, label) pairs, s
 `train_set[:50_000]` and `train_set[50_000:]` split it for training and validation.
 """
 
-import errno
 import gzip
 import io
 import math
@@ -15,6 +14,7 @@ import sys
 import zlib
 from collections.abc import Iterator, Sequence, Sized
 from contextlib import redirect_stderr, redirect_stdout
+from errno import EACCES, EDQUOT, EFBIG, EIO, ENOSPC, EROFS
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -167,6 +167,7 @@ MNIST_FILES = (
     "t10k-images-idx3-ubyte",
     "t10k-labels-idx1-ubyte",
 )
+DISK_ERRORS = {EACCES, EDQUOT, EFBIG, EIO, ENOSPC, EROFS}
 REMEDY = "replace the file, or delete it to have it downloaded"
 
 Pairs = list[tuple[np.ndarray, np.int32]]
@@ -267,9 +268,7 @@ def download_mnist(raw: Path, missing: Sequence[str]) -> None:
         try:
             MNIST(scratch, download=True)  # also verifies checksums
         except Exception as error:  # a mirror can fail with many types of exceptions
-            disk_errors = {errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO}
-            disk_errors |= {errno.ENOSPC, errno.EROFS}
-            if getattr(error, "errno", None) in disk_errors:
+            if getattr(error, "errno", None) in DISK_ERRORS:
                 raise
             raise ConnectionError(" ".join(str(error).split())) from error
         finally:

@@ -27,7 +27,7 @@ LAYER_SIZES = (784, 512, 512, 10)  # inputs, then units of each layer
 EPOCHS = 5
 BATCH_SIZE = 32
 LEARNING_RATE = 0.3
-FINAL_LEARNING_RATE = 0.03
+FINAL_LEARNING_RATE = 0.1
 EVAL_BATCH_SIZE = 2000
 
 Params = list[tuple[Array, Array]]

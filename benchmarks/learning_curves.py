@@ -19,25 +19,20 @@ class Run(NamedTuple):
     """What a process did; all accuracies are of the test set, in percent."""
 
     seconds: float
-    seconds_to_98: float  # inf if no line of the log says so
     final_accuracy: float
     curve: dict[int, float]  # accuracy by step
 
 
 def run(*command: str) -> Run:
     start = time.perf_counter()
-    seconds_to_98 = np.inf
     curve = {}
     command = [sys.executable, *command]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             if match := re.search(r"step (\d+) .*test accuracy (\S+)%", line):
-                step, accuracy = int(match[1]), float(match[2])
-                curve[step] = accuracy
-                if accuracy >= 98:
-                    seconds_to_98 = min(seconds_to_98, time.perf_counter() - start)
+                curve[int(match[1])] = float(match[2])
     final_accuracy = float(re.match(r"final test accuracy: (\S+)%", line)[1])
-    return Run(time.perf_counter() - start, seconds_to_98, final_accuracy, curve)
+    return Run(time.perf_counter() - start, final_accuracy, curve)
 
 
 def early_curve(*command: str, steps: list[int]) -> dict[int, float]:
@@ -72,13 +67,12 @@ def print_steps(curves: dict[int, list[dict]], article: np.ndarray) -> None:
 
 
 def print_pytorch(runs: dict[int, list[Run]], pytorch: dict[int, list[Run]]) -> None:
-    bench.print_header("whole runs", "script", "PyTorch", "script / PyTorch")
+    bench.print_header("whole run, seconds", "script", "PyTorch", "script / PyTorch")
     for stage, pytorch_runs in pytorch.items():
-        for name in ("seconds", "seconds_to_98"):
-            theirs = np.array([getattr(run, name) for run in pytorch_runs])
-            ours = np.array([getattr(run, name) for run in runs[stage]])[: len(theirs)]
-            cells = [bench.median_and_range(v) for v in (ours, theirs, ours / theirs)]
-            bench.print_row(f"stage {stage}, {name.replace('_', ' ')}", *cells)
+        theirs = np.array([run.seconds for run in pytorch_runs])
+        ours = np.array([run.seconds for run in runs[stage]])[: len(theirs)]
+        cells = [bench.median_and_range(x) for x in (ours, theirs, ours / theirs)]
+        bench.print_row(f"stage {stage}", *cells)
 
 
 def draw(curves: dict[int, list[dict]], article: np.ndarray) -> None:
