@@ -35,7 +35,7 @@ LAYER_SIZES = (512, 512, 10)  # units per layer; the last has one per class
 DROPOUT_RATES = (0.3, 0.4)  # fraction of units dropped, for each hidden layer
 EPOCHS = 5
 BATCH_SIZE = 128
-LEARNING_RATE = 3e-3
+LEARNING_RATE = 2e-3
 FINAL_LEARNING_RATE = 1e-5
 EVAL_BATCH_SIZE = 2000
 

@@ -179,7 +179,7 @@ def test_more_steps_and_examples_than_there_are(script, small_mnist):
 def test_defaults(script):
     args = script.make_parser().parse_args([])
     assert args.data_dir == ROOT / "data"
-    rates = {STAGE_1: 0.3, STAGE_2: 1e-3, STAGE_3: 3e-3}
+    rates = {STAGE_1: 0.3, STAGE_2: 1e-3, STAGE_3: 2e-3}
     assert args.learning_rate == rates[script.__name__]
     assert args.batch_size == (128 if script.__name__ == STAGE_3 else 32)
     assert (args.epochs, args.seed) == (5, 0)
