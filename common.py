@@ -1,7 +1,7 @@
 """NumPy batches for JAX from PyTorch's DataLoader, and MNIST.
 
-The first half works with any dataset: a collate function, a sampler, a loader. The second
-half reads MNIST. A dataset in memory is a plain list of (image, label) pairs, so
+The first half works with any dataset: a collate function, a sampler, a loader. The
+second half reads MNIST. A dataset in memory is a plain list of (image, label) pairs, so
 `train_set[:50_000]` and `train_set[50_000:]` split it for training and validation.
 """
 
@@ -50,8 +50,8 @@ def _stack(*rows: Any) -> np.ndarray:
 class JAXRandomSampler(Sampler[int]):
     """Yields the indices of `data_source` in a random order, a new one each epoch.
 
-    The order depends only on `rng_key` and the number of the epoch. Each iteration, even if
-    it is not finished, is an epoch; the first is epoch 0.
+    The order depends only on `rng_key` and the number of the epoch. Each iteration,
+    even if it is not finished, is an epoch; the first is epoch 0.
     """
 
     def __init__(self, data_source: Sized, rng_key: jax.Array):
@@ -87,16 +87,16 @@ class NumpyLoader(DataLoader):
     """A DataLoader that yields NumPy batches.
 
     `dataset` is anything with `__len__` and `__getitem__`. With `shuffle`, `rng_key`
-    determines the order, which changes every epoch. All other arguments are DataLoader's.
+    determines the order, which changes every epoch. Other arguments are DataLoader's.
 
-    Worker processes (`num_workers`) are spawned by default, because a forked copy of a process that
-    runs JAX can deadlock. So the program needs `if __name__ == "__main__":`, the dataset
-    and its transforms must be importable (no lambdas), each worker holds its own copy of
-    the dataset, and it takes seconds to start: at every epoch, unless you pass
+    Worker processes (`num_workers`) are spawned by default, because a forked copy of a
+    process that runs JAX can deadlock. So the program needs a __main__ guard, and the
+    dataset and its transforms must be importable (no lambdas). Each worker holds its own
+    copy of the dataset and takes seconds to start: at every epoch, unless you pass
     `persistent_workers=True`. With that, iterate over the loader in one place only.
 
-    Raises TypeError if `rng_key` is something else, such as a batch size, and ValueError if
-    arguments conflict.
+    Raises TypeError if `rng_key` is something else, such as a batch size, and
+    ValueError if arguments conflict.
     """
 
     def __init__(
@@ -132,17 +132,17 @@ class NumpyLoader(DataLoader):
     def batches_from(self, step: int) -> Iterator[Any]:
         """Yield batches endlessly, starting where a run would be after `step` steps.
 
-        Epoch follows epoch, each with a new order. If the first one starts in its middle,
-        the examples before are skipped without being loaded.
+        Epoch follows epoch, each with a new order. If the first one starts in its
+        middle, the examples before are skipped without being loaded.
 
-        Raises ValueError if `step` is negative, if the order does not come from a key (a
-        resumed run would see a different order), or if an epoch has no batch at all.
+        Raises ValueError if `step` is negative, if the order does not come from a key
+        (a resumed run would see a different order), or if an epoch has no batches.
         """
         if step < 0:
             raise ValueError(f"step is {step}; it must not be negative")
         if not hasattr(self.sampler, "start_at"):
             raise ValueError(
-                "batches_from needs the order of shuffle=True and an rng_key; it cannot "
+                "batches_from needs shuffle=True and an rng_key; it cannot "
                 f"resume the order of a {type(self.sampler).__name__}"
             )
         if len(self) == 0:
@@ -156,7 +156,7 @@ class NumpyLoader(DataLoader):
         epoch, steps_done = divmod(step, len(self))
         self.sampler.start_at(epoch, skip=steps_done * self.batch_size)
         while True:
-            yield from self
+            yield from self  # an epoch
             epoch += 1
             self.sampler.start_at(epoch)
 
@@ -178,7 +178,7 @@ class DataError(Exception):
 
 
 class FlattenAndCast:
-    """Transform: uint8 (..., 28, 28) or a gray PIL image to float32 (..., 784) in [0, 1]."""
+    """Transform: uint8 (..., 28, 28) or a gray image of PIL to float32 (..., 784)."""
 
     def __call__(self, image: Any) -> np.ndarray:
         pixels = np.asarray(image).astype(np.float32)
@@ -192,12 +192,12 @@ def load_mnist(data_dir: str | Path) -> tuple[Pairs, Pairs, str]:
     np.int32 from 0 to 9.
 
     MNIST's four files may be in `data_dir`/MNIST/raw (torchvision's layout), in
-    `data_dir`/raw or in `data_dir`, as they are or as .gz; they are never changed. Missing
-    files are downloaded to `data_dir`/MNIST/raw. If that fails and the directory is empty,
-    both sets are drawn digits, and stderr says why.
+    `data_dir`/raw or in `data_dir`, as they are or as .gz; they are never changed.
+    Missing files are downloaded to `data_dir`/MNIST/raw. If that fails and the
+    directory is empty, both sets are drawn digits, and stderr says why.
 
-    Raises DataError if a file is damaged, if only some of them or other files are there and
-    the download fails, or if the directory cannot be read or written.
+    Raises DataError if a file is damaged, if only some of them or other files are there
+    and the download fails, or if the directory cannot be read or written.
     """
     data_dir = Path(data_dir)
     raw = data_dir / "MNIST" / "raw"
@@ -240,7 +240,7 @@ def find_file(data_dir: Path, name: str) -> Path | None:
 
 
 def find_other_file(data_dir: Path) -> Path | None:
-    """Return a file in `data_dir`, or None; hidden files and directories are ignored."""
+    """Return a file in `data_dir`, or None; hidden files do not count."""
     for path in data_dir.rglob("*"):
         hidden = any(part.startswith(".") for part in path.relative_to(data_dir).parts)
         if path.is_file() and not hidden:
@@ -251,8 +251,8 @@ def find_other_file(data_dir: Path) -> Path | None:
 def download_mnist(raw: Path, missing: Sequence[str]) -> None:
     """Download MNIST to a scratch directory, then move the missing files to `raw`.
 
-    So each file appears complete or not at all. Raises ConnectionError if no mirror sends the files, and
-    another OSError if they cannot be written.
+    So each file appears complete or not at all. Raises ConnectionError if no mirror
+    sends the files, and another OSError if they cannot be written.
     """
     from torchvision.datasets import MNIST  # here, since importing it takes a second
 
@@ -299,8 +299,8 @@ def make_pairs(images: np.ndarray, labels: np.ndarray) -> Pairs:
 def read_idx(path: Path, ndim: int) -> np.ndarray:
     """Read uint8 values with `ndim` dimensions from a file in MNIST's IDX format.
 
-    The format: two zero bytes, 8 for unsigned bytes, `ndim`; then each dimension's size as
-    a big-endian 32-bit integer; then the values. Source: "File formats for the MNIST
+    The format: two zero bytes, 8 for unsigned bytes, `ndim`; then each dimension's size
+    as a big-endian 32-bit integer; then the values. Source: "File formats for the MNIST
     database", on Yann LeCun's MNIST page.
     """
     content = path.read_bytes()

@@ -76,8 +76,8 @@ def create_train_state(
 def train_step(state: TrainState, x: Array, y: Array) -> tuple[TrainState, Array]:
     """Take one step on images x (B, 784) and classes y (B,), which count from 0.
 
-    Returns the new state, and the loss of this batch before the update. The old state is
-    donated: its memory is reused, so it cannot be read after the call.
+    Returns the new state, and the loss of this batch before the update. The old state
+    is donated: its memory is reused, so it cannot be read after the call.
     """
 
     def loss_fn(params):
@@ -218,7 +218,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--eval-every",
         metavar="N",
         type=positive_int,
-        help="evaluate, and save the checkpoint, every N steps (default: once an epoch)",
+        help="evaluate, and save, every N steps (default: once an epoch)",
     )
     parser.add_argument(
         "--checkpoint",
@@ -242,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> float:
         )
 
     train_set, test_set, data_name = load_mnist(args.data_dir)
-    # train_set is a list; for a Dataset, use torch.utils.data.Subset instead of a slice.
+    # train_set is a list; for a Dataset, use torch.utils.data.Subset, not a slice.
     train_set = train_set[: args.train_examples]
     if args.batch_size > len(train_set):
         parser.error(

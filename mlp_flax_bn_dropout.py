@@ -2,8 +2,8 @@
 
 This stage shows that
 - dropout needs a random key, a new one at every step;
-- batch statistics are not parameters: the forward pass returns them beside the logits, and
-  the train state carries them where the optimizer does not see them;
+- batch statistics are not parameters: the forward pass returns them beside the logits,
+  and the train state carries them where the optimizer does not see them;
 - the model has to be told whether it is being trained or evaluated.
 
 Run `python mlp_flax_bn_dropout.py`. It reaches 98.4% test accuracy (mean of five seeds)
@@ -44,9 +44,9 @@ class MLP(nn.Module):
     """Dense layers with relu, Dropout and BatchNorm in between.
 
     Dropout comes before BatchNorm, as in the article that README.md names. In your own
-    model, do the reverse: Dropout raises the variance that BatchNorm sees in training, but
-    not in evaluation. Source: Li et al., Understanding the Disharmony between Dropout and
-    Batch Normalization by Variance Shift, 2018.
+    model, do the reverse: Dropout raises the variance that BatchNorm sees in training,
+    but not in evaluation. Source: Li et al., Understanding the Disharmony between
+    Dropout and Batch Normalization by Variance Shift, 2018.
     """
 
     layer_sizes: Sequence[int] = LAYER_SIZES
@@ -100,8 +100,8 @@ def train_step(
 ) -> tuple[CustomTrainState, Array]:
     """Take one step on images x (B, 784) and classes y (B,), which count from 0.
 
-    Returns the new state, and the loss of this batch before the update. The old state is
-    donated: its memory is reused, so it cannot be read after the call.
+    Returns the new state, and the loss of this batch before the update. The old state
+    is donated: its memory is reused, so it cannot be read after the call.
     """
     step_key = jax.random.fold_in(dropout_key, state.step)  # new masks at every step
 
@@ -251,7 +251,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--eval-every",
         metavar="N",
         type=positive_int,
-        help="evaluate, and save the checkpoint, every N steps (default: once an epoch)",
+        help="evaluate, and save, every N steps (default: once an epoch)",
     )
     parser.add_argument(
         "--checkpoint",
@@ -275,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> float:
         )
 
     train_set, test_set, data_name = load_mnist(args.data_dir)
-    # train_set is a list; for a Dataset, use torch.utils.data.Subset instead of a slice.
+    # train_set is a list; for a Dataset, use torch.utils.data.Subset, not a slice.
     train_set = train_set[: args.train_examples]
     if args.batch_size > len(train_set):
         parser.error(

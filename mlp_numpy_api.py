@@ -5,8 +5,8 @@ This stage shows that
 - the forward pass is written for one image, and `vmap` makes it work on a batch;
 - a list of tuples is already a pytree, so one `tree.map` updates all parameters.
 
-Run `python mlp_numpy_api.py`. It reaches 98.3% test accuracy (mean of five seeds) after 5
-epochs, in about 20 seconds on two CPU cores.
+Run `python mlp_numpy_api.py`. It reaches 98.3% test accuracy (mean of five seeds) after
+5 epochs, in about 20 seconds on two CPU cores.
 """
 
 import argparse
@@ -210,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> float:
         )
 
     train_set, test_set, data_name = load_mnist(args.data_dir)
-    # train_set is a list; for a Dataset, use torch.utils.data.Subset instead of a slice.
+    # train_set is a list; for a Dataset, use torch.utils.data.Subset, not a slice.
     train_set = train_set[: args.train_examples]
     if args.batch_size > len(train_set):
         parser.error(
