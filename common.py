@@ -91,11 +91,11 @@ class NumpyLoader(DataLoader):
 
     Worker processes (`num_workers`) are spawned by default, because a forked copy of a
     process that runs JAX can deadlock. So the program needs a __main__ guard, and the
-    dataset and its transforms must be importable (no lambdas). Each worker holds its own
-    copy of the dataset and takes seconds to start: at every epoch, unless you pass
+    dataset and its transforms must be importable (no lambdas). Each worker holds a copy
+    of the dataset and takes seconds to start: at every epoch, unless you pass
     `persistent_workers=True`. With that, iterate over the loader in one place only.
 
-    Raises TypeError if `rng_key` is something else, such as a batch size, and
+    Raises TypeError if `rng_key` is not a JAX key but, say, a batch size, and
     ValueError if arguments conflict.
     """
 
@@ -132,8 +132,8 @@ class NumpyLoader(DataLoader):
     def batches_from(self, step: int) -> Iterator[Any]:
         """Yield batches endlessly, starting where a run would be after `step` steps.
 
-        Epoch follows epoch, each with a new order. If the first one starts in its
-        middle, the examples before are skipped without being loaded.
+        Epoch follows epoch, each with a new order. If the first one starts
+        midway, the examples before that point are skipped without being loaded.
 
         Raises ValueError if `step` is negative, if the order does not come from a key
         (a resumed run would see a different order), or if an epoch has no batches.
@@ -178,7 +178,7 @@ class DataError(Exception):
 
 
 class FlattenAndCast:
-    """Transform: uint8 (..., 28, 28) or a gray image of PIL to float32 (..., 784)."""
+    """Transform: uint8 (..., 28, 28) or a grayscale PIL image to float32 (..., 784)."""
 
     def __call__(self, image: Any) -> np.ndarray:
         pixels = np.asarray(image).astype(np.float32)

@@ -58,7 +58,7 @@ class MLP(nn.Module):
 def create_train_state(
     params_key: Array, learning_rate: float, total_steps: int
 ) -> TrainState:
-    """Return a state of new parameters, and Adam with a linearly decaying rate."""
+    """Return a new state: initial parameters, and Adam with linear decay."""
     model = MLP()
     # model(x) would fail: init creates the parameters, and jit makes it faster.
     init = jax.jit(model.init)
@@ -131,12 +131,12 @@ def load_checkpoint(path: Path, run: dict[str, Any], state: TrainState) -> Train
         sys.exit(f"error: {path} is not a checkpoint of this script: {error}")
 
 
-# If this text is pasted into a notebook, there is no __file__.
+# Pasted into a notebook, this code has no __file__.
 SCRIPT = Path(globals().get("__file__", "notebook"))
 DATA_DIR = SCRIPT.with_name("data")
 
 
-# Types for argparse, which names the option if they raise an error.
+# Argument types: if one raises an error, argparse reports it with the option's name.
 def positive_int(text: str) -> int:
     value = int(text)
     if not 1 <= value < 2**31:

@@ -44,9 +44,10 @@ class MLP(nn.Module):
     """Dense layers with relu, Dropout and BatchNorm in between.
 
     Dropout comes before BatchNorm, as in the article that README.md names. In your own
-    model, do the reverse: Dropout raises the variance that BatchNorm sees in training,
-    but not in evaluation. Source: Li et al., Understanding the Disharmony between
-    Dropout and Batch Normalization by Variance Shift, 2018.
+    model, put BatchNorm first: Dropout raises the variance of its output in training,
+    but not in evaluation, so running averages taken after it are off. Source: Li et al.,
+    Understanding the Disharmony between Dropout and Batch Normalization by Variance
+    Shift, 2018.
     """
 
     layer_sizes: Sequence[int] = LAYER_SIZES
@@ -78,7 +79,7 @@ class CustomTrainState(TrainState):
 def create_train_state(
     params_key: Array, learning_rate: float, total_steps: int
 ) -> CustomTrainState:
-    """Return a state of new parameters, and Adam with a linearly decaying rate."""
+    """Return a new state: initial parameters, and Adam with linear decay."""
     model = MLP()
     # model(x) would fail: init creates the parameters, and jit makes it faster.
     # With train=True, init would also need a key named "dropout".
@@ -164,12 +165,12 @@ def load_checkpoint(path: Path, run: dict[str, Any], state: TrainState) -> Train
         sys.exit(f"error: {path} is not a checkpoint of this script: {error}")
 
 
-# If this text is pasted into a notebook, there is no __file__.
+# Pasted into a notebook, this code has no __file__.
 SCRIPT = Path(globals().get("__file__", "notebook"))
 DATA_DIR = SCRIPT.with_name("data")
 
 
-# Types for argparse, which names the option if they raise an error.
+# Argument types: if one raises an error, argparse reports it with the option's name.
 def positive_int(text: str) -> int:
     value = int(text)
     if not 1 <= value < 2**31:

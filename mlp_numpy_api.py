@@ -105,12 +105,12 @@ def accuracy(params: Params, loader: NumpyLoader) -> float:
     return float(np.concatenate(correct).mean())
 
 
-# If this text is pasted into a notebook, there is no __file__.
+# Pasted into a notebook, this code has no __file__.
 SCRIPT = Path(globals().get("__file__", "notebook"))
 DATA_DIR = SCRIPT.with_name("data")
 
 
-# Types for argparse, which names the option if they raise an error.
+# Argument types: if one raises an error, argparse reports it with the option's name.
 def positive_int(text: str) -> int:
     value = int(text)
     if not 1 <= value < 2**31:
