@@ -6,8 +6,8 @@ This stage shows that
 - a TrainState holds everything that training changes, so a training step is a function
   from the old state to the new one, and a checkpoint is a saved state.
 
-Run `python mlp_flax.py`. It reaches 98.6% test accuracy (mean of five seeds) in 5 epochs,
-which take about half a minute on two CPU cores.
+Run `python mlp_flax.py`. It reaches 98.6% test accuracy (mean of five seeds)
+in 5 epochs, which take about half a minute on two CPU cores.
 """
 
 import argparse

@@ -5,8 +5,8 @@ This stage shows that
 - the forward pass is written for one image, and `vmap` makes it work on a batch;
 - a list of tuples is already a pytree, so one `tree.map` updates all parameters.
 
-Run `python mlp_numpy_api.py`. It reaches 98.4% test accuracy (mean of five seeds) in 5 epochs,
-which take about half a minute on two CPU cores.
+Run `python mlp_numpy_api.py`. It reaches 98.4% test accuracy (mean of five seeds)
+in 5 epochs, which take about half a minute on two CPU cores.
 """
 
 import argparse
