@@ -46,8 +46,8 @@ class MLP(nn.Module):
     Dropout comes before BatchNorm, as in the article that README.md names. In your own
     model, put BatchNorm first: Dropout raises the variance of its output in training,
     but not in evaluation, so running averages taken after it are off. Source: Li et
-    al., Understanding the Disharmony between Dropout and Batch Normalization by Variance
-    Shift, 2018.
+    al., Understanding the Disharmony between Dropout and Batch Normalization by
+    Variance Shift, 2018.
     """
 
     layer_sizes: Sequence[int] = LAYER_SIZES
