@@ -181,8 +181,9 @@ class FlattenAndCast:
     """Transform: uint8 (..., 28, 28) or a grayscale PIL image to float32 (..., 784)."""
 
     def __call__(self, image: Any) -> np.ndarray:
-        pixels = np.asarray(image).astype(np.float32)
-        return pixels.reshape(*pixels.shape[:-2], -1) / 255
+        pixels = np.asarray(image)
+        flat = pixels.reshape(*pixels.shape[:-2], -1)
+        return np.divide(flat, 255, dtype=np.float32)
 
 
 def load_mnist(data_dir: str | Path) -> tuple[Pairs, Pairs, str]:
