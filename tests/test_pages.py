@@ -29,7 +29,9 @@ def python_blocks():
 def test_files_and_links_exist(page):
     text = read(page)
     names = re.findall(r"(?:[\w./-]+/)?[\w.-]+\.(?:py|diff|md|txt|png)\b", text)
-    names += re.findall(r"\]\((?!http)([^)]+)\)", text)
+    names += re.findall(r"\]\((?!http|#)([^)]+)\)", text)
+    for anchor in re.findall(r"\]\(#([^)]+)\)", text):
+        assert f"\n## {anchor.replace('-', ' ')}\n" in text.lower()
     missing = {name for name in names if not (ROOT / name).exists()}
     assert missing <= {"digit.png"}
     other_page = PAGES[1 - PAGES.index(page)]
