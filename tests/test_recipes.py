@@ -192,7 +192,7 @@ def test_image_folder(recipe, tmp_path):
                 Image.fromarray(pixels).save(folder / f"{i}.png")
 
     script = recipe("image-folder").__file__
-    options = ["--data-dir", "colors", "--batch-size", "10", "--epochs", "4"]
+    options = ["--data-dir", "colors", "--batch-size", "10", "--epochs", "3"]
     result = subprocess.run([sys.executable, script, *options], **CAPTURE)
     assert result.stderr == ""
     assert "data: colors, 90 training and 30 test images" in result.stdout
@@ -358,7 +358,7 @@ def test_scan(recipe, small_mnist):
     for a, b in zip(leaves(plain.state), leaves(scanned.state), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
-    for last in ("13", "31", "40"):
+    for last in ("13", "40"):
         parts = [*options, "--max-steps", last, "--checkpoint", "parts"]
         resumed = run(module, small_mnist, *parts)
     assert equal(resumed.state, scanned.state)
