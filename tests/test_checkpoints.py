@@ -249,7 +249,7 @@ def test_without_the_option_nothing_is_written(flax_script, small_mnist):
     assert sorted(ROOT.iterdir()) == before
 
 
-def start(name, data_dir, path):
+def start(name, path, data_dir):
     options = ["--epochs", "120", "--batch-size", "160", "--eval-every", "3"]
     command = [sys.executable, ROOT / f"{name}.py", "--data-dir", data_dir, *options]
     return subprocess.Popen(
@@ -265,14 +265,12 @@ def test_killed_at_random_moments(small_mnist, tmp_path):
     """480 steps, 4 an epoch, saved every 3, so that much time goes into saving."""
     rng = random.Random(0)
     names = (STAGE_2, STAGE_3)
-    wholes = [start(name, small_mnist, tmp_path / name) for name in names]
+    wholes = [start(name, tmp_path / name, small_mnist) for name in names]
     last_lines = [process.communicate()[0].splitlines()[-1] for process in wholes]
     paths = [tmp_path / f"{name}, killed" for name in names]
     for _ in range(20):
         before = [path.read_bytes() if path.exists() else b"" for path in paths]
-        processes = [
-            start(*both[:1], small_mnist, both[1]) for both in zip(names, paths)
-        ]
+        processes = [start(*pair, small_mnist) for pair in zip(names, paths)]
         for process, path, old in zip(processes, paths, before):
             while not path.exists() or path.read_bytes() == old:
                 if process.poll() is not None:  # it has got to its end
@@ -282,7 +280,7 @@ def test_killed_at_random_moments(small_mnist, tmp_path):
             process.kill()
             assert process.communicate()[1] == ""
     for name, path, last_line in zip(names, paths, last_lines):
-        stdout, _ = start(name, small_mnist, path).communicate()
+        stdout, _ = start(name, path, small_mnist).communicate()
         assert "resuming after step " in stdout
         assert stdout.splitlines()[-1] == last_line
         assert path.read_bytes() == (tmp_path / name).read_bytes()
