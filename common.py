@@ -132,8 +132,8 @@ class NumpyLoader(DataLoader):
     def batches_from(self, step: int) -> Iterator[Any]:
         """Yield batches endlessly, starting where a run would be after `step` steps.
 
-        Epoch follows epoch, each with a new order. If the first one starts
-        midway, the examples before that point are skipped without being loaded.
+        Epoch follows epoch, each with a new order. If the first one starts midway, the
+        examples before that point are skipped without being loaded.
 
         Raises ValueError if `step` is negative, if the order does not come from a key
         (a resumed run would see a different order), or if an epoch has no batches.
