@@ -13,7 +13,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import pytest
-from helpers import SCRIPTS, draw, load, record, run, write_mnist
+from helpers import STAGE_1, STAGE_2, STAGE_3, TWENTY_STEPS, draw, run, write_mnist
 
 
 @pytest.fixture(scope="session")
@@ -32,20 +32,26 @@ def real_mnist():
     return Path(os.environ["MNIST_DIR"])
 
 
-@pytest.fixture(params=SCRIPTS)
+@pytest.fixture(params=[STAGE_1, STAGE_2, STAGE_3], ids=lambda script: script.__name__)
 def script(request):
     """Each of the three scripts, as a module."""
-    return load(request.param)
+    return request.param
 
 
-@pytest.fixture(params=SCRIPTS[1:])
+@pytest.fixture(params=[STAGE_2, STAGE_3], ids=lambda script: script.__name__)
 def flax_script(request):
     """Each of the two scripts that save checkpoints, as a module."""
-    return load(request.param)
+    return request.param
 
 
 @pytest.fixture(scope="session")
-def whole_run(small_mnist, tmp_path_factory):
+def checkpoints(tmp_path_factory):
+    """A directory with the checkpoint of each whole run, named like its script."""
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="session")
+def whole_run(small_mnist, checkpoints):
     """A function that returns the whole run of a script, and runs each only once.
 
     20 steps, 10 an epoch, evaluated and saved after steps 7, 14 and 20.
@@ -53,12 +59,9 @@ def whole_run(small_mnist, tmp_path_factory):
 
     @functools.cache
     def run_once(script):
-        options = ["--epochs", 2, "--batch-size", 64, "--eval-every", 7]
-        if script.__name__ != "mlp_numpy_api":
-            path = tmp_path_factory.mktemp("whole_run") / script.__name__
-            options += ["--checkpoint", path]
-        with record(script) as steps:
-            result = run(script, small_mnist, *options)
-        return result._replace(steps=tuple(steps))
+        options = [*TWENTY_STEPS, "--eval-every", 7]
+        if script is not STAGE_1:
+            options += ["--checkpoint", checkpoints / script.__name__]
+        return run(script, small_mnist, *options, record=True)
 
     return run_once

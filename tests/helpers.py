@@ -1,10 +1,8 @@
-"""What several tests need: MNIST files of any content, and a script's run."""
+"""What several tests need: MNIST files of any content, and the run of a script."""
 
 import contextlib
-import importlib
 import io
 import re
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -12,24 +10,22 @@ import numpy as np
 import pytest
 
 import common
+import mlp_flax
+import mlp_flax_bn_dropout
+import mlp_numpy_api
 
-ROOT = Path(__file__).parents[1]
-SCRIPTS = ["mlp_numpy_api", "mlp_flax", "mlp_flax_bn_dropout"]
+STAGE_1, STAGE_2, STAGE_3 = mlp_numpy_api, mlp_flax, mlp_flax_bn_dropout
+TWENTY_STEPS = "--epochs 2 --batch-size 64 --seed 3 --learning-rate 0.01".split()
 LINE = re.compile(
     r"epoch (?P<epoch>\d+)  step (?P<step>\d+)  loss (?P<loss>\d+\.\d{4})  "
     r"train accuracy (?P<train>\d+\.\d\d)%  test accuracy (?P<test>\d+\.\d\d)%"
 )
 
 
-def load(name):
-    return importlib.import_module(name)
-
-
 def draw(n, seed):
     """Drawn digits as MNIST's files hold them: uint8 (n, 28, 28), and labels (n,)."""
-    images, labels = zip(*common.draw_digits(n, seed))
-    pixels = np.rint(255 * np.stack(images)).astype(np.uint8)
-    return pixels.reshape(n, 28, 28), np.array(labels)
+    images, labels = common.numpy_collate(common.draw_digits(n, seed))
+    return np.rint(255 * images).astype(np.uint8).reshape(n, 28, 28), labels
 
 
 def idx(array):
@@ -56,9 +52,9 @@ def equal(a, b):
     return all(np.array_equal(x, y) for x, y in zip(leaves(a), leaves(b), strict=True))
 
 
-def arrays(dataset):
-    """All images and all labels of a list of pairs."""
-    return common.numpy_collate(dataset)
+def assert_close(a, b, rtol=1e-5, atol=1e-6):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=atol)
 
 
 class Step(NamedTuple):
@@ -76,40 +72,35 @@ class Run(NamedTuple):
     log: list[dict[str, str]]  # the lines of evaluations, see LINE
     evaluated: list[list[np.ndarray]]  # parameters or state at each evaluation
     state: Any  # the last one of them
-    options: list[str]
-    steps: tuple[Step, ...] = ()
+    steps: list[Step]  # if the run was recorded
 
 
-@contextlib.contextmanager
-def record(script):
-    """Yield a list that the training steps of a script are added to, as they happen."""
-    name = "sgd_update" if script.__name__ == "mlp_numpy_api" else "train_step"
-    real, steps = getattr(script, name), []
-
-    def step(state, x, y, *rest):
-        steps.append(Step(leaves(state), x, y, rest))
-        return real(state, x, y, *rest)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, name, step)
-        yield steps
-
-
-def run(script, data_dir, *options):
+def run(script, data_dir, *options, record=False):
     """Call the main of a script, given as a module."""
-    name = "accuracy" if script.__name__ == "mlp_numpy_api" else "eval_model"
-    real, states, evaluated = getattr(script, name), [], []
+    states, evaluated, steps = [], [], []
 
     def evaluate(state, loader):
         states.append(state)
         evaluated.append(leaves(state))
-        return real(state, loader)
+        return real_evaluate(state, loader)
 
-    options = list(map(str, options))
+    def step(state, x, y, *rest):
+        steps.append(Step(leaves(state), x, y, rest))
+        return real_step(state, x, y, *rest)
+
+    is_stage_1 = script is STAGE_1
+    evaluate_name = "accuracy" if is_stage_1 else "eval_model"
+    step_name = "sgd_update" if is_stage_1 else "train_step"
+    real_evaluate, real_step = (
+        getattr(script, evaluate_name),
+        getattr(script, step_name),
+    )
     out = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
-        patch.setattr(script, name, evaluate)
-        accuracy = script.main(["--data-dir", str(data_dir), *options])
+        patch.setattr(script, evaluate_name, evaluate)
+        if record:
+            patch.setattr(script, step_name, step)
+        accuracy = script.main(["--data-dir", str(data_dir), *map(str, options)])
     lines = out.getvalue().splitlines()
     log = [match.groupdict() for match in map(LINE.fullmatch, lines) if match]
-    return Run(accuracy, lines, log, evaluated, states[-1], options)
+    return Run(accuracy, lines, log, evaluated, states[-1], steps)

@@ -5,162 +5,151 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
-from helpers import arrays, equal, leaves, load
+from helpers import assert_close, equal, leaves
 
 import common
+from mlp_flax_bn_dropout import MLP, apply_model, create_train_state, train_step
 
-stage = load("mlp_flax_bn_dropout")
 KEY = jax.random.key(5)
 
 
 @pytest.fixture(scope="module")
 def batch():
-    return arrays(common.draw_digits(40, seed=0))
+    return common.numpy_collate(common.draw_digits(40, seed=0))
 
 
 @pytest.fixture(scope="module")
 def trained(batch):
     """A state after five steps; `step` copies it, because train_step donates it."""
-    state = stage.create_train_state(jax.random.key(0), 1e-3, 10)
+    state = create_train_state(jax.random.key(0), 1e-3, 10)
     for _ in range(5):
-        state, _ = stage.train_step(state, *batch, KEY)
+        state, _ = train_step(state, *batch, KEY)
     return state
 
 
 def step(state, batch, key=KEY):
-    return stage.train_step(jax.tree.map(jnp.copy, state), *batch, key)
+    return train_step(jax.tree.map(jnp.copy, state), *batch, key)
 
 
 def variables(state):
     return {"params": state.params, "batch_stats": state.batch_stats}
 
 
+@pytest.fixture(scope="module")
+def training_pass(trained, batch):
+    """The logits and what each layer returns, with the key of the sixth step."""
+    rngs = {"dropout": jax.random.fold_in(KEY, 5)}
+    mutable = ["batch_stats", "intermediates"]
+    options = {"rngs": rngs, "mutable": mutable, "capture_intermediates": True}
+    return MLP().apply(variables(trained), batch[0], train=True, **options)
+
+
+# Training.
+
+
 def test_step_moves_every_leaf_and_donates_the_old_state(trained, batch):
     old = jax.tree.map(jnp.copy, trained)
-    new, _ = stage.train_step(old, *batch, KEY)
+    new, _ = train_step(old, *batch, KEY)
     pairs = zip(leaves(trained), leaves(new), strict=True)
     assert not any(np.array_equal(a, b) for a, b in pairs)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old.params))
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old.batch_stats))
-
-
-def test_loss_is_of_the_parameters_before_the_step(trained, batch):
-    x, y = batch
-    logits, _ = stage.MLP().apply(
-        variables(trained),
-        x,
-        train=True,
-        rngs={"dropout": jax.random.fold_in(KEY, trained.step)},
-        mutable=["batch_stats"],
-    )
-    expected = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
-    new, loss = step(trained, batch)
-    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(variables(old)))
     assert new.step == 6
 
 
-def test_dropout_key_determines_the_mask(trained, batch):
-    (a, loss_a), (b, loss_b), (c, loss_c) = (
-        step(trained, batch, key) for key in (KEY, KEY, jax.random.key(6))
-    )
-    assert loss_a == loss_b != loss_c
-    assert equal(a.params, b.params)
-    assert not equal(a.params, c.params)
+def test_loss_and_batch_stats_are_of_the_pass_before_the_update(
+    trained, batch, training_pass
+):
+    logits, updates = training_pass
+    new, loss = step(trained, batch)
+    expected = optax.softmax_cross_entropy_with_integer_labels(logits, batch[1])
+    assert_close(loss, expected.mean())
+    assert_close(new.batch_stats, updates["batch_stats"])
 
 
-def test_every_step_has_a_new_mask(trained, batch):
-    losses = {float(step(trained.replace(step=i), batch)[1]) for i in range(4)}
-    assert len(losses) == 4
+def test_key_and_step_determine_the_mask(trained, batch):
+    loss = step(trained, batch)[1]
+    assert step(trained, batch)[1] == loss
+    assert step(trained, batch, jax.random.key(6))[1] != loss
+    assert step(trained.replace(step=6), batch)[1] != loss
+
+
+def test_dropout_drops_the_given_fractions(training_pass):
+    """Zeros after dropout, of units that were on."""
+    kept = training_pass[1]["intermediates"]
+    for i, rate in enumerate((0.3, 0.4)):
+        before = kept[f"layers_{i}"]["__call__"][0] > 0
+        after = kept[f"dropouts_{i}"]["__call__"][0] > 0
+        assert abs(1 - after.sum() / before.sum() - rate) < 0.03
 
 
 def test_optimizer_knows_nothing_of_batch_stats(trained):
     params = [leaf.shape for leaf in leaves(trained.params)]
     moments = [leaf.shape for leaf in leaves(trained.opt_state) if leaf.shape]
     assert sorted(moments) == sorted(2 * params)
-    assert len(jax.tree.leaves(trained.batch_stats)) == 4
-
-
-def test_evaluation_is_image_by_image(trained, batch):
-    """Neither dropout nor the other images of a batch change a prediction."""
-    x = np.concatenate([batch[0], np.random.default_rng(0).random((60, 784), "f4")])
-    predicted = stage.apply_model(trained, x)
-    assert equal(predicted, stage.apply_model(trained, x))
-    alone = [int(stage.apply_model(trained, x[i : i + 1])[0]) for i in range(100)]
-    assert predicted.tolist() == alone
 
 
 def test_initial_state_is_that_of_training_mode():
     """As in the article, whose init runs with train=True and two keys."""
     keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
-    expected = stage.MLP().init(keys, jnp.zeros((1, 784)), train=True)["params"]
-    state = stage.create_train_state(jax.random.key(0), 1e-3, 10)
-    for a, b in zip(leaves(state.params), leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
-    means, variances = leaves(state.batch_stats)[::2], leaves(state.batch_stats)[1::2]
-    assert not np.any(means)
-    assert np.all(np.array(variances) == 1)
+    init = jax.jit(MLP().init, static_argnames="train")
+    expected = init(keys, jnp.zeros((1, 784)), train=True)["params"]
+    state = create_train_state(jax.random.key(0), 1e-3, 10)
+    assert_close(state.params, expected, 1e-5, 1e-7)
+    for norm in state.batch_stats.values():
+        assert not norm["mean"].any()
+        assert (norm["var"] == 1).all()
 
 
-def as_torch(state, rates):
-    """The same network with the same weights in PyTorch."""
-
-    def tensor(array):
-        return torch.tensor(np.asarray(array))
-
-    layers = []
-    for i in range(3):
-        dense = state.params[f"layers_{i}"]
-        linear = torch.nn.Linear(*dense["kernel"].shape)
-        linear.weight.data = tensor(dense["kernel"].T)
-        linear.bias.data = tensor(dense["bias"])
-        layers.append(linear)
-        if i < 2:
-            norm = torch.nn.BatchNorm1d(512, eps=1e-5, momentum=0.1)
-            norm.weight.data = tensor(state.params[f"norms_{i}"]["scale"])
-            norm.bias.data = tensor(state.params[f"norms_{i}"]["bias"])
-            norm.running_mean = tensor(state.batch_stats[f"norms_{i}"]["mean"])
-            norm.running_var = tensor(state.batch_stats[f"norms_{i}"]["var"])
-            layers += [torch.nn.ReLU(), torch.nn.Dropout(rates[i]), norm]
-    return torch.nn.Sequential(*layers)
+# Evaluation, and the running averages.
 
 
-def test_evaluation_equals_pytorch(trained, batch):
-    x, _ = batch
-    ours = trained.apply_fn(variables(trained), x, train=False)
-    theirs = as_torch(trained, stage.DROPOUT_RATES).eval()(torch.tensor(x))
-    np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=1e-3, atol=1e-4)
-    assert equal(stage.apply_model(trained, x), theirs.argmax(1).int().numpy())
+def test_evaluation_is_image_by_image(trained, batch):
+    """Neither dropout nor the other images of a batch change a prediction."""
+    x = np.concatenate([batch[0], np.random.default_rng(0).random((60, 784), "f4")])
+    predicted = apply_model(trained, x)
+    assert equal(predicted, apply_model(trained, x))
+    alone = [int(apply_model(trained, x[i : i + 1])[0]) for i in range(100)]
+    assert predicted.tolist() == alone
 
 
-def test_running_statistics_equal_pytorch(trained, batch):
-    """Without dropout, which draws differently; PyTorch's variance divides by n - 1."""
-    x, _ = batch
-    network = as_torch(trained, (0.0, 0.0)).train()
-    network(torch.tensor(x))
-    model = stage.MLP(dropout_rates=(0.0, 0.0))
-    _, updates = model.apply(variables(trained), x, train=True, mutable=["batch_stats"])
-    for name, norm in (("norms_0", network[3]), ("norms_1", network[7])):
-        stats, old = (
-            updates["batch_stats"][name],
-            0.9 * trained.batch_stats[name]["var"],
+def forward(state, x, statistics):
+    """The network in NumPy; `statistics` gives mean and variance of a hidden layer."""
+    params = jax.tree.map(np.asarray, state.params)
+    for i in range(2):
+        x = np.maximum(
+            x @ params[f"layers_{i}"]["kernel"] + params[f"layers_{i}"]["bias"], 0
         )
-        biased = old + (norm.running_var.numpy() - old) * (len(x) - 1) / len(x)
-        np.testing.assert_allclose(stats["mean"], norm.running_mean, 1e-4, 1e-5)
-        np.testing.assert_allclose(stats["var"], biased, 1e-4, 1e-5)
+        mean, var = statistics(i, x)
+        norm = params[f"norms_{i}"]
+        x = (x - mean) / np.sqrt(var + 1e-5) * norm["scale"] + norm["bias"]
+    return x @ params["layers_2"]["kernel"] + params["layers_2"]["bias"]
 
 
-def test_dropout_drops_the_given_fractions(trained, batch):
-    """Counted where the network drops: zeros after dropout, of units that were on."""
-    _, kept = stage.MLP().apply(
-        variables(trained),
-        batch[0],
-        train=True,
-        rngs={"dropout": KEY},
-        mutable=["batch_stats", "intermediates"],
-        capture_intermediates=True,
-    )
-    for i, rate in enumerate((0.3, 0.4)):
-        before = kept["intermediates"][f"layers_{i}"]["__call__"][0] > 0
-        after = kept["intermediates"][f"dropouts_{i}"]["__call__"][0] > 0
-        assert abs(1 - after.sum() / before.sum() - rate) < 0.03
+def test_evaluation_uses_running_averages(trained, batch):
+    def running(i, x):
+        stats = trained.batch_stats[f"norms_{i}"]
+        return stats["mean"], stats["var"]
+
+    logits = forward(trained, batch[0], running)
+    ours = trained.apply_fn(variables(trained), batch[0], train=False)
+    assert_close(ours, logits, 1e-3, 1e-4)
+    assert apply_model(trained, batch[0]).tolist() == logits.argmax(axis=1).tolist()
+
+
+def test_training_uses_those_of_the_batch_and_averages_them(trained, batch):
+    """Without dropout. A tenth of the new average is the batch's."""
+    updated = {}
+
+    def of_the_batch(i, x):
+        old, new = (
+            trained.batch_stats[f"norms_{i}"],
+            {"mean": x.mean(0), "var": x.var(0)},
+        )
+        updated[f"norms_{i}"] = jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, old, new)
+        return new["mean"], new["var"]
+
+    expected = forward(trained, batch[0], of_the_batch)
+    model, options = MLP(dropout_rates=(0.0, 0.0)), {"mutable": ["batch_stats"]}
+    logits, updates = model.apply(variables(trained), batch[0], train=True, **options)
+    assert_close(logits, expected, 1e-3, 1e-4)
+    assert_close(updates["batch_stats"], updated, 1e-4, 1e-5)
