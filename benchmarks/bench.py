@@ -1,4 +1,4 @@
-"""What the benchmarks share: options, the scripts' steps, timing in turn, tables."""
+"""What the benchmarks share: options, timing in turn, tables."""
 
 import argparse
 import sys
@@ -41,42 +41,14 @@ def shuffled(permutation: Callable, batch_size: int, x: Any, y: Any) -> Iterator
         yield x[indices], y[indices]
 
 
-def start_script(stage: int, steps_per_epoch: int) -> tuple[Any, Callable]:
-    """Return a script's initial state, and its step: (state, x, y) -> next state."""
-    script = SCRIPTS[stage]
-    total_steps = script.EPOCHS * steps_per_epoch
-    params_key, dropout_key = jax.random.split(jax.random.key(0))
-
-    def stage_1_step(state, x, y):
-        params, i = state
-        lr = script.learning_rate_at(i, script.LEARNING_RATE, total_steps)
-        return script.sgd_update(params, x, y, lr), i + 1
-
-    def stage_2_step(state, x, y):
-        return script.train_step(state, x, y)[0]
-
-    def stage_3_step(state, x, y):
-        return script.train_step(state, x, y, dropout_key)[0]
-
-    if stage == 1:
-        params = script.init_network_params(script.LAYER_SIZES, params_key)
-        return (params, 0), stage_1_step
-    state = script.create_train_state(params_key, script.LEARNING_RATE, total_steps)
-    return state, stage_2_step if stage == 2 else stage_3_step
+def keep(state: Any, x: Any, y: Any) -> Any:
+    return state
 
 
-def load_epochs(make_batches: Callable[[], Iterable]) -> Iterator[None]:
-    """Go through an epoch's batches at each `next`, and do nothing with them."""
-    while True:
-        for _ in make_batches():
-            pass
-        yield
-
-
-def train_epochs(
-    make_batches: Callable[[], Iterable], state: Any, step: Callable
+def epochs(
+    make_batches: Callable[[], Iterable], state: Any = None, step: Callable = keep
 ) -> Iterator[None]:
-    """Train for an epoch at each `next`."""
+    """Take a step on each batch of an epoch at each `next`; by default, only load it."""
     while True:
         for x, y in make_batches():
             state = step(state, x, y)
@@ -89,29 +61,23 @@ def compare(
 ) -> dict[str, np.ndarray]:
     """Time an epoch of each candidate in each round, print a table, return the seconds.
 
-    An epoch beforehand compiles and does not count. A candidate that fails there, because
-    its package is missing or has another API, gets a row that says so.
+    An epoch beforehand compiles and does not count.
     """
-    print_header(title, "seconds", "ratio to the first row")
-    seconds = {}
-    for name, epochs in candidates.items():
-        try:
-            next(epochs)
-            seconds[name] = np.zeros(rounds)
-        except (ImportError, AttributeError, TypeError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            print_row(name, f"not available: {reason}", "")
-
+    for candidate in candidates.values():
+        next(candidate)
+    seconds = {name: np.zeros(rounds) for name in candidates}
     for i in range(rounds):
-        for name, values in seconds.items():
+        for name, candidate in candidates.items():
             start = time.perf_counter()
-            next(candidates[name])
-            values[i] = time.perf_counter() - start
+            next(candidate)
+            seconds[name][i] = time.perf_counter() - start
 
     first_row = next(iter(seconds.values()))
+    rows = []
     for name, values in seconds.items():
         ratio = np.median(values / first_row)
-        print_row(name, median_and_range(values), f"{ratio:.2f}")
+        rows.append([name, median_and_range(values), f"{ratio:.2f}"])
+    print_table([title, "seconds", "ratio to the first row"], rows)
     return seconds
 
 
@@ -119,11 +85,7 @@ def median_and_range(values: np.ndarray) -> str:
     return f"{np.median(values):.3f} ({values.min():.3f} to {values.max():.3f})"
 
 
-def print_header(*names: object) -> None:
+def print_table(header: list[str], rows: Iterable[list]) -> None:
     print()
-    print_row(*names)
-    print_row(*["---"] * len(names))
-
-
-def print_row(*cells: object) -> None:
-    print("|", " | ".join(str(cell) for cell in cells), "|", flush=True)
+    for cells in [header, ["---"] * len(header), *rows]:
+        print("|", " | ".join(map(str, cells)), "|", flush=True)

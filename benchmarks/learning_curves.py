@@ -12,6 +12,9 @@ import numpy as np
 import pytorch_mnist
 
 HERE = bench.ROOT / "benchmarks"
+ARTICLE = np.genfromtxt(
+    HERE / "article.csv", delimiter=",", names=True, dtype=(int, int, float, float)
+)
 PYTORCH_SEEDS = 2  # it takes several times as long
 
 
@@ -25,14 +28,12 @@ class Run(NamedTuple):
 
 def run(*command: str) -> Run:
     start = time.perf_counter()
-    curve = {}
-    command = [sys.executable, *command]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if match := re.search(r"step (\d+) .*test accuracy (\S+)%", line):
-                curve[int(match[1])] = float(match[2])
-    final_accuracy = float(re.match(r"final test accuracy: (\S+)%", line)[1])
-    return Run(time.perf_counter() - start, final_accuracy, curve)
+    output = subprocess.check_output([sys.executable, *command], text=True)
+    seconds = time.perf_counter() - start
+    points = re.findall(r"step (\d+) .*test accuracy (\S+)%", output)
+    curve = {int(step): float(accuracy) for step, accuracy in points}
+    final_accuracy = re.search(r"^final test accuracy: (\S+)%", output, re.MULTILINE)[1]
+    return Run(seconds, float(final_accuracy), curve)
 
 
 def early_curve(*command: str, steps: list[int]) -> dict[int, float]:
@@ -45,37 +46,41 @@ def early_curve(*command: str, steps: list[int]) -> dict[int, float]:
 
 
 def print_results(runs: dict[int, list[Run]]) -> None:
-    bench.print_header("script", "test accuracy", "each seed", "a run")
+    rows = []
     for stage, script in bench.SCRIPTS.items():
         finals = np.array([run.final_accuracy for run in runs[stage]])
+        mean = f"{finals.mean():.2f} % ± {finals.std(ddof=1):.2f}"
+        each_seed = ", ".join(f"{accuracy:.2f}" for accuracy in finals)
         seconds = np.mean([run.seconds for run in runs[stage]])
-        bench.print_row(
-            f"`{script.__name__}.py`",
-            f"{finals.mean():.2f} % ± {finals.std(ddof=1):.2f}",
-            ", ".join(f"{accuracy:.2f}" for accuracy in finals),
-            f"{seconds:.0f} s",
-        )
+        rows.append([f"`{script.__name__}.py`", mean, each_seed, f"{seconds:.0f} s"])
+    bench.print_table(["script", "test accuracy", "each seed", "a run"], rows)
 
 
-def print_steps(curves: dict[int, list[dict]], article: np.ndarray) -> None:
-    bench.print_header("stage", "step", "mean", "article", "rerun", "ahead of both")
-    for stage, step, log, rerun in article:
+def print_steps(curves: dict[int, list[dict]]) -> None:
+    rows = []
+    for stage, step, log, rerun in ARTICLE:
         mean = np.mean([curve[step] for curve in curves[stage]])
         # Where the article has no figure, log is NaN, and fmax takes the other one.
         ahead = "yes" if mean > np.fmax(log, rerun) else "no"
-        bench.print_row(stage, step, f"{mean:.2f}", log, rerun, ahead)
+        rows.append([stage, step, f"{mean:.2f}", log, rerun, ahead])
+    bench.print_table(
+        ["stage", "step", "mean", "article", "rerun", "ahead of both"], rows
+    )
 
 
 def print_pytorch(runs: dict[int, list[Run]], pytorch: dict[int, list[Run]]) -> None:
-    bench.print_header("whole run, seconds", "script", "PyTorch", "script / PyTorch")
+    rows = []
     for stage, pytorch_runs in pytorch.items():
         theirs = np.array([run.seconds for run in pytorch_runs])
         ours = np.array([run.seconds for run in runs[stage]])[: len(theirs)]
         cells = [bench.median_and_range(x) for x in (ours, theirs, ours / theirs)]
-        bench.print_row(f"stage {stage}", *cells)
+        rows.append([f"stage {stage}", *cells])
+    bench.print_table(
+        ["whole run, seconds", "script", "PyTorch", "script / PyTorch"], rows
+    )
 
 
-def draw(curves: dict[int, list[dict]], article: np.ndarray) -> None:
+def draw(curves: dict[int, list[dict]]) -> None:
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
     figure, axes = plt.subplots(
         1, 3, sharey=True, figsize=(9, 3.6), layout="constrained"
@@ -85,7 +90,7 @@ def draw(curves: dict[int, list[dict]], article: np.ndarray) -> None:
         y = np.array([[curve[step] for step in steps] for curve in curves[stage]])
         axis.fill_between(steps, y.min(axis=0), y.max(axis=0), alpha=0.3, lw=0)
         axis.plot(steps, y.mean(axis=0), label=f"script, {len(y)} seeds")
-        points = article[article["stage"] == stage]
+        points = ARTICLE[ARTICLE["stage"] == stage]
         axis.plot(points["step"], points["log"], "ko", mfc="w", label="article's log")
         axis.plot(
             points["step"], points["rerun"], "C1x", label="its listing, run again"
@@ -104,29 +109,23 @@ def draw(curves: dict[int, list[dict]], article: np.ndarray) -> None:
 
 def main() -> None:
     args, _ = bench.setup(__doc__, "--seeds")
-    article = np.genfromtxt(
-        HERE / "article.csv", delimiter=",", names=True, dtype=(int, int, float, float)
-    )
-    runs = {1: [], 2: [], 3: []}
-    curves = {1: [], 2: [], 3: []}
-    pytorch = {1: [], 2: [], 3: []}
+    runs, curves, pytorch = ({1: [], 2: [], 3: []} for _ in range(3))
     for stage, script in bench.SCRIPTS.items():
-        article_steps = article["step"][article["stage"] == stage].tolist()
+        steps = set(ARTICLE["step"][ARTICLE["stage"] == stage].tolist())
         for seed in range(args.seeds):
             options = [f"--data-dir={args.data_dir}", f"--seed={seed}"]
             whole = run(script.__file__, *options)
-            early_steps = [step for step in article_steps if step not in whole.curve]
+            early_steps = sorted(steps - set(whole.curve))
             early = early_curve(script.__file__, *options, steps=early_steps)
             runs[stage].append(whole)
             curves[stage].append(early | whole.curve)
             if seed < PYTORCH_SEEDS:
                 yardstick = run(pytorch_mnist.__file__, f"--stage={stage}", *options)
                 pytorch[stage].append(yardstick)
-
     print_results(runs)
-    print_steps(curves, article)
+    print_steps(curves)
     print_pytorch(runs, pytorch)
-    draw(curves, article)
+    draw(curves)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,17 @@
 """Time an epoch of training: python benchmarks/training.py --data-dir DIR"""
 
 import importlib.util
-import re
 import shutil
 import subprocess
-import sys
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import bench
 import jax
 import numpy as np
 import torch
-from bench import load_epochs, start_script, train_epochs
+from bench import SCRIPTS, epochs
 from pytorch_mnist import SETTINGS, make_train_loader, make_training, train_epoch
 
 from common import NumpyLoader
@@ -28,122 +25,110 @@ def make_loader(train_set, batch_size):
     return NumpyLoader(train_set, key, batch_size, shuffle=True, drop_last=True)
 
 
-def stack(batches):
-    """Stack K batches: images (K, B, 784), classes (K, B)."""
-    images, labels = zip(*batches, strict=True)
-    return np.stack(images), np.stack(labels)
+def start(stage, steps_per_epoch):
+    """Return a script's initial state, and its step: (state, x, y) -> next state."""
+    script = SCRIPTS[stage]
+    total_steps = script.EPOCHS * steps_per_epoch
+    params_key, dropout_key = jax.random.split(jax.random.key(0))
 
+    def stage_1_step(state, x, y):
+        params, i = state
+        lr = script.learning_rate_at(i, script.LEARNING_RATE, total_steps)
+        return script.sgd_update(params, x, y, lr), i + 1
 
-def stacks(loader):
-    """Yield the batches of an epoch in stacks of 25, as recipes/scan.diff does."""
-    batches = iter(loader)
-    while next_batches := list(islice(batches, 25)):
-        yield stack(next_batches)
-
-
-def scan_recipe(steps_per_epoch):
-    """Return the initial state and the step of mlp_flax.py with recipes/scan.diff."""
-    with TemporaryDirectory() as directory:
-        script = Path(directory, "mlp_flax.py")
-        shutil.copy(bench.ROOT / script.name, script)
-        diff = bench.ROOT / "recipes" / "scan.diff"
-        subprocess.run(["git", "apply", diff], cwd=directory, check=True)
-        spec = importlib.util.spec_from_file_location("scan_recipe", script)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    total_steps = module.EPOCHS * steps_per_epoch
-    state = module.create_train_state(
-        jax.random.key(0), module.LEARNING_RATE, total_steps
-    )
-    return state, lambda state, x, y: module.train_steps(state, x, y)[0]
-
-
-def scan_of(step):
-    """Return a function that takes a step on each batch of a stack, in one call."""
-
-    def scan_body(state, batch):
-        x, y = batch
-        return step(state, x, y), None
-
-    @partial(jax.jit, donate_argnums=0)
-    def scan(state, x, y):
-        state, _ = jax.lax.scan(scan_body, state, (x, y))
-        return state
-
-    return scan
+    if stage == 1:
+        params = script.init_network_params(script.LAYER_SIZES, params_key)
+        return (params, 0), stage_1_step
+    state = script.create_train_state(params_key, script.LEARNING_RATE, total_steps)
+    keys = [dropout_key] if stage == 3 else []
+    return state, lambda state, x, y: script.train_step(state, x, y, *keys)[0]
 
 
 def pytorch_epochs(stage, steps_per_epoch, make_batches, **options):
-    """Train with PyTorch for an epoch at each `next`."""
     model, optimizer, scheduler = make_training(stage, steps_per_epoch, **options)
     while True:
         train_epoch(model, optimizer, scheduler, make_batches())
         yield
 
 
-def compare_stage(stage, train_set, data_dir, rounds):
-    script = bench.SCRIPTS[stage]
-    batch_size = script.BATCH_SIZE
-    settings = (batch_size, script.LEARNING_RATE, script.FINAL_LEARNING_RATE)
-    assert SETTINGS[stage] == settings, "pytorch_mnist.py has other settings"
+def stack(batches):
+    """Stack K batches: images (K, B, 784), classes (K, B)."""
+    images, labels = zip(*batches, strict=True)
+    return np.stack(images), np.stack(labels)
 
-    loader = make_loader(train_set, batch_size)
-    n = len(loader)
-    batches = list(loader)
+
+def scan_of(step):
+    """Return a function that takes a step on each batch of a stack, in one call."""
+
+    def body(state, batch):
+        return step(state, *batch), None
+
+    scan = jax.jit(jax.lax.scan, static_argnums=0, donate_argnums=1)
+    return lambda state, x, y: scan(body, state, (x, y))[0]
+
+
+def scan_recipe_epochs(loader):
+    """Train with recipes/scan.diff, which takes 25 steps in each call."""
+    with TemporaryDirectory() as directory:
+        script = shutil.copy(SCRIPTS[2].__file__, directory)
+        diff = bench.ROOT / "recipes" / "scan.diff"
+        subprocess.run(["git", "apply", diff], cwd=directory, check=True)
+        spec = importlib.util.spec_from_file_location("scan_recipe", script)
+        recipe = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(recipe)
+
+    def stacks():
+        batches = iter(loader)
+        while next_batches := list(islice(batches, 25)):
+            yield stack(next_batches)
+
+    state, _ = start(2, len(loader))
+    return epochs(stacks, state, lambda *args: recipe.train_steps(*args)[0])
+
+
+def compare_stage(stage, train_set, data_dir, rounds):
+    script = SCRIPTS[stage]
+    settings = (script.BATCH_SIZE, script.LEARNING_RATE, script.FINAL_LEARNING_RATE)
+    assert SETTINGS[stage] == settings, "pytorch_mnist.py has other settings"
+    loader = make_loader(train_set, script.BATCH_SIZE)
+    n, batches = len(loader), list(loader)
     on_device = jax.device_put(stack(batches))
-    state, step = start_script(stage, n)
+    state, step = start(stage, n)
     images = torch.from_numpy(np.stack([image for image, _ in train_set]))
     labels = torch.tensor([int(label) for _, label in train_set])
-    tensors = partial(bench.shuffled, torch.randperm, batch_size, images, labels)
-    usual_loader = make_train_loader(data_dir, batch_size)
+    tensors = partial(bench.shuffled, torch.randperm, script.BATCH_SIZE, images, labels)
+    usual_loader = make_train_loader(data_dir, script.BATCH_SIZE)
 
     candidates = {
-        "epoch": train_epochs(lambda: loader, *start_script(stage, n)),
-        "loading alone": load_epochs(lambda: loader),
-        "batches ready": train_epochs(lambda: batches, *start_script(stage, n)),
-        "one `lax.scan`": train_epochs(lambda: [on_device], state, scan_of(step)),
-        "PyTorch, usual": pytorch_epochs(stage, n, lambda: usual_loader),
+        "epoch": epochs(loader.__iter__, *start(stage, n)),
+        "loading alone": epochs(loader.__iter__),
+        "batches ready": epochs(batches.__iter__, *start(stage, n)),
+        "one `lax.scan`": epochs(lambda: [on_device], state, scan_of(step)),
+        "PyTorch, usual": pytorch_epochs(stage, n, usual_loader.__iter__),
         "PyTorch, fastest": pytorch_epochs(stage, n, tensors, fused=True),
     }
     if stage == 2:
-        recipe = train_epochs(lambda: stacks(loader), *scan_recipe(n))
-        candidates["`recipes/scan.diff`"] = recipe
+        candidates["`recipes/scan.diff`"] = scan_recipe_epochs(loader)
     seconds = bench.compare(f"stage {stage}", candidates, rounds)
-
     ratios = seconds["epoch"] / seconds["PyTorch, fastest"]
-    each_round = ", ".join(f"{ratio:.2f}" for ratio in ratios)
-    print(f"\nstage {stage}, epoch / PyTorch's fastest, each round: {each_round}")
+    print(f"\nstage {stage}, epoch / PyTorch's fastest, each round:", ratios.round(2))
 
 
-def peak_memory(*options):
-    """Return the most memory, in MB, that a process of stage 2 held (Linux only)."""
-    program = (
-        "import sys, mlp_flax; mlp_flax.main(sys.argv[1:]); "
-        "print(open('/proc/self/status').read())"
-    )
-    command = [sys.executable, "-c", program, *options]
-    output = subprocess.check_output(command, cwd=bench.ROOT, text=True)
-    return int(re.search(r"VmHWM:\s+(\d+) kB", output)[1]) / 1000
-
-
-def compare_sizes(train_set, data_dir, rounds):
-    """Show how time and memory depend on the number of images and the batch size."""
+def compare_sizes(train_set, rounds):
+    """Show how time depends on the number of images and the batch size."""
     candidates = {}
     for n, batch_size in SIZES:
         loader = make_loader(train_set[:n], batch_size)
-        options = ["--epochs=1", f"--train-examples={n}", f"--batch-size={batch_size}"]
-        memory = peak_memory(f"--data-dir={data_dir}", *options)
-        name = f"{n:,} in batches of {batch_size}: {memory:.0f} MB"
-        make_batches = partial(iter, loader)
-        candidates[name] = train_epochs(make_batches, *start_script(2, len(loader)))
-    bench.compare("stage 2, images and peak memory", candidates, rounds)
+        name = f"{n:,} in batches of {batch_size}"
+        candidates[name] = epochs(loader.__iter__, *start(2, len(loader)))
+    bench.compare("stage 2, images", candidates, rounds)
 
 
 def main() -> None:
     args, train_set = bench.setup(__doc__, "--rounds")
-    for stage in bench.SCRIPTS:
+    for stage in SCRIPTS:
         compare_stage(stage, train_set, args.data_dir, args.rounds)
-    compare_sizes(train_set, args.data_dir, args.rounds)
+    compare_sizes(train_set, args.rounds)
 
 
 if __name__ == "__main__":

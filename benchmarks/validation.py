@@ -6,17 +6,10 @@ import io
 import bench
 import numpy as np
 
-CANDIDATES = {  # by stage: initial, final learning rate
-    1: [
-        (0.1, 0.03),
-        (0.2, 0.03),
-        (0.25, 0.03),
-        (0.3, 0.03),
-        (0.4, 0.03),
-        (0.3, 0.01),
-        (0.3, 0.1),
-    ],
-    3: [(0.001, 1e-5), (0.002, 1e-5), (0.003, 1e-5), (0.005, 1e-5), (0.01, 1e-5)],
+CANDIDATES = {  # by stage: pairs of initial and final learning rate
+    1: [(initial, 0.03) for initial in (0.1, 0.2, 0.25, 0.3, 0.4)]
+    + [(0.3, 0.01), (0.3, 0.1)],
+    3: [(initial, 1e-5) for initial in (0.001, 0.002, 0.003, 0.005, 0.01)],
 }
 
 
@@ -30,21 +23,18 @@ def train(script, initial: float, final: float, seed: int) -> float:
 def main() -> None:
     args, train_set = bench.setup(__doc__, "--seeds")
     split = (train_set[:50_000], train_set[50_000:], "MNIST")
-    bench.print_header("stage", "initial", "final", "validation accuracy, %", "seeds")
     for stage, candidates in CANDIDATES.items():
         script = bench.SCRIPTS[stage]
         script.load_mnist = lambda data_dir: split
-        means = {}
+        rows = []
         for initial, final in candidates:
-            results = [
-                train(script, initial, final, seed) for seed in range(args.seeds)
-            ]
-            means[initial, final] = np.mean(results)
-            mean = f"{np.mean(results):.2f}"
-            each_seed = ", ".join(f"{result:.2f}" for result in results)
-            bench.print_row(stage, initial, final, mean, each_seed)
-        initial, final = max(means, key=means.get)
-        bench.print_row(f"{stage}, choice", initial, final, "", "")
+            accuracies = [train(script, initial, final, i) for i in range(args.seeds)]
+            each_seed = ", ".join(f"{accuracy:.2f}" for accuracy in accuracies)
+            rows.append([initial, final, f"{np.mean(accuracies):.3f}", each_seed])
+        header = [f"stage {stage}: initial", "final", "validation accuracy, %", "seeds"]
+        bench.print_table(header, rows)
+        initial, final, *_ = max(rows, key=lambda row: float(row[2]))
+        print(f"\nstage {stage}, the highest mean: {initial} to {final}")
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ from helpers import STAGE_1, STAGE_2, STAGE_3, TWENTY_STEPS, draw, run, write_mn
 
 @pytest.fixture(scope="session")
 def small_mnist(tmp_path_factory):
-    """A data directory with MNIST files of 640 training and 300 test digits."""
+    """A data directory with MNIST files of 650 training and 300 test digits."""
     data_dir = tmp_path_factory.mktemp("small_mnist")
-    write_mnist(data_dir, draw(640, seed=2), draw(300, seed=3))
+    write_mnist(data_dir, draw(650, seed=2), draw(300, seed=3))
     return data_dir
 
 

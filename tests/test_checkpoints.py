@@ -84,7 +84,7 @@ def test_checkpoint_of_another_run(flax_script, checkpoint, whole_run, small_mni
     description = {
         "script": f"{flax_script.__name__}.py",
         "data": "MNIST",
-        "number of training images": 640,
+        "number of training images": 650,
         "number of parameters": 669_706 if flax_script is STAGE_2 else 671_754,
         "seed": 3,
         "random number generator": "threefry2x32",

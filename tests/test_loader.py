@@ -102,6 +102,7 @@ def test_collate_fn_gets_a_list_of_samples():
     assert batch == samples
     (batch,) = NumpyLoader([(1, 2), (3, 4)], batch_size=2, collate_fn=None)
     assert as_lists(batch) == [[1, 3], [2, 4]]
+    assert type(batch[0]) is np.ndarray
 
 
 def test_structure_of_a_sample_is_kept():
@@ -214,9 +215,11 @@ def test_workers_are_spawned_and_compute_nothing_with_jax(monkeypatch):
 @pytest.mark.parametrize("make_key", [jax.random.key, jax.random.PRNGKey])
 def test_order_is_jaxs_permutation_for_the_key_and_the_epoch(make_key):
     sampler = JAXRandomSampler(range(100), make_key(7))
-    for epoch in range(3):
-        epoch_key = jax.random.fold_in(jax.random.key(7), epoch)
-        assert list(sampler) == jax.random.permutation(epoch_key, 100).tolist()
+    keys = [jax.random.fold_in(jax.random.key(7), epoch) for epoch in range(3)]
+    orders = [jax.random.permutation(key, 100).tolist() for key in keys]
+    assert [list(sampler) for _epoch in range(3)] == orders
+    sampler.start_at(epoch=1, skip=30)
+    assert [list(sampler), list(sampler)] == [orders[1][30:], orders[2]]
 
 
 @pytest.mark.parametrize("drop_last", [True, False])

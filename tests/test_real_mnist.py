@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import numpy as np
-import pytest
 from helpers import STAGE_1, STAGE_2, STAGE_3
 from torchvision.datasets import MNIST
 

@@ -194,7 +194,7 @@ def test_cnn(recipe, small_mnist):
 def test_fashion(recipe, plain, small_mnist, tmp_path):
     shutil.copytree(small_mnist / "MNIST", tmp_path / "FashionMNIST")
     result = train(recipe("fashion"), tmp_path)
-    assert result.lines[0] == "data: FashionMNIST, 640 training and 300 test images"
+    assert result.lines[0] == "data: FashionMNIST, 650 training and 300 test images"
     assert result.lines[-1].endswith("% (FashionMNIST)")
     assert equal(result.state, plain.state)  # the files are the same
 
@@ -281,7 +281,7 @@ def test_best(recipe, small_mnist, monkeypatch):
     monkeypatch.setattr(module, "eval_model", spy)
     options = [*TRAIN, "--learning-rate", 0.03, "--eval-every", 2, "--checkpoint"]
     whole = run(module, small_mnist, *options, "whole")
-    assert whole.lines[0] == "data: MNIST, 533 training and 300 test images"
+    assert whole.lines[0] == "data: MNIST, 541 training and 300 test images"
     assert len(tested) == 1, "the test set is looked at once"
     accuracies = re.findall(r"validation accuracy (\S+)%", "\n".join(whole.lines))
     best = np.argmax(np.float64(accuracies))  # the first, if there are several

@@ -35,7 +35,7 @@ def test_log(script, whole_run):
         parameters += 4 * 512  # scale and bias of two BatchNorms
     result = whole_run(script)
     assert result.lines[:3] == [
-        "data: MNIST, 640 training and 300 test images",
+        "data: MNIST, 650 training and 300 test images",
         f"device: {jax.devices()[0].device_kind}",
         f"parameters: {parameters:,}",
     ]
@@ -80,8 +80,8 @@ def test_keys(script, whole_run, small_mnist):
         expected = script.create_train_state(params_key, 1e-3, 20)
         assert all(step.rest == tuple(dropout_key) for step in steps)
     assert equal(steps[0].before, expected)
-    sampler = JAXRandomSampler(range(640), shuffle_key)
-    order = [*sampler, *sampler]  # two epochs
+    sampler = JAXRandomSampler(range(650), shuffle_key)
+    order = [*list(sampler)[:640], *list(sampler)[:640]]  # two epochs of whole batches
     images, labels = numpy_collate(common.load_mnist(small_mnist)[0])
     assert equal([step.x for step in steps], np.split(images[order], 20))
     assert equal([step.y for step in steps], np.split(labels[order], 20))
@@ -142,13 +142,15 @@ def test_help_is_for_people(script, capsys):
         assert word not in text
 
 
-def test_home_directory_is_expanded(flax_script, monkeypatch, tmp_path):
+def test_home_directory_is_expanded(script, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
-    options = ["--data-dir=~/data", "--checkpoint=~/run.msgpack"]
-    args = flax_script.make_parser().parse_args(options)
-    assert args.data_dir == tmp_path / "data"
-    assert args.checkpoint == tmp_path / "run.msgpack"
+    options = ["--data-dir=~/there"]
+    if script is not STAGE_1:
+        options += ["--checkpoint=~/there"]
+    args = vars(script.make_parser().parse_args(options))
+    expanded = tmp_path / "there"
+    assert args["data_dir"] == args.get("checkpoint", expanded) == expanded
 
 
 # What goes wrong, and what the user gets.
@@ -166,7 +168,7 @@ def assert_refused(script, data_dir, option, capsys, *others):
 
 @pytest.mark.parametrize(
     "option",
-    """--epochs=0 --epochs=2.5 --epochs=99999999999 --batch-size=0 --batch-size=641
+    """--epochs=0 --epochs=2.5 --epochs=99999999999 --batch-size=0 --batch-size=651
     --batch-size=many --learning-rate=0 --learning-rate=-0.1 --learning-rate=nan
     --learning-rate=inf --train-examples=0 --seed=-1 --seed=1180591620717411303424
     --eval-every=0 --max-steps=-1""".split(),
