@@ -298,6 +298,18 @@ def test_data_directory_is_a_file(mirror, tmp_path):
     assert contents(tmp_path) == {"data": b"mine"}
 
 
+def test_interrupted_download(mirror, tmp_path, monkeypatch):
+    """A notebook's stop button is no failed download."""
+
+    def interrupt(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(MNIST, "download", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        load_mnist(tmp_path)
+    assert contents(tmp_path / "MNIST" / "raw") == {}
+
+
 def test_two_runs_at_once(mirror, tmp_path, monkeypatch, capsys):
     def another_run_comes_first(self):
         monkeypatch.setattr(MNIST, "download", download)
