@@ -267,18 +267,13 @@ def test_download_without_stderr(mirror, tmp_path, monkeypatch):
 # Whatever the disk does, no broken file stays.
 
 
-@pytest.mark.parametrize(
-    ("owner", "function", "name"),
-    [
-        (Path, "mkdir", "EROFS"),
-        (tempfile, "mkdtemp", "ENOSPC"),
-        *[
-            (MNIST, "download", name)
-            for name in ("ENOSPC", "EDQUOT", "EFBIG", "EACCES")
-        ],
-        (Path, "replace", "ENOSPC"),
-    ],
-)
+DISK_FAULTS = [(MNIST, "download", name) for name in "EACCES EDQUOT EFBIG EIO".split()]
+DISK_FAULTS += [(MNIST, "download", "ENOSPC"), (MNIST, "download", "EROFS")]
+DISK_FAULTS += [(tempfile, "mkdtemp", "ENOSPC"), (Path, "replace", "ENOSPC")]
+DISK_FAULTS += [(Path, "mkdir", "EROFS")]
+
+
+@pytest.mark.parametrize(("owner", "function", "name"), DISK_FAULTS)
 def test_disk_full_or_read_only(owner, function, name, mirror, tmp_path, monkeypatch):
     code = getattr(errno, name)
 
