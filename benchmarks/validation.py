@@ -23,18 +23,22 @@ def train(script, initial: float, final: float, seed: int) -> float:
 def main() -> None:
     args, train_set = bench.setup(__doc__, "--seeds")
     split = (train_set[:50_000], train_set[50_000:], "MNIST")
+    rows, choices = [], []
     for stage, candidates in CANDIDATES.items():
         script = bench.SCRIPTS[stage]
         script.load_mnist = lambda data_dir: split
-        rows = []
+        means = {}
         for initial, final in candidates:
             accuracies = [train(script, initial, final, i) for i in range(args.seeds)]
+            means[initial, final] = np.mean(accuracies)
             each_seed = ", ".join(f"{accuracy:.2f}" for accuracy in accuracies)
-            rows.append([initial, final, f"{np.mean(accuracies):.3f}", each_seed])
-        header = [f"stage {stage}: initial", "final", "validation accuracy, %", "seeds"]
-        bench.print_table(header, rows)
-        initial, final, *_ = max(rows, key=lambda row: float(row[2]))
-        print(f"\nstage {stage}, the highest mean: {initial} to {final}")
+            rows.append(
+                [stage, initial, final, f"{np.mean(accuracies):.2f}", each_seed]
+            )
+        choices.append(f"stage {stage}, the highest mean: {max(means, key=means.get)}")
+    header = ["stage", "initial", "final", "validation accuracy, %", "seeds"]
+    bench.print_table(header, rows)
+    print("", *choices, sep="\n")
 
 
 if __name__ == "__main__":
