@@ -13,6 +13,7 @@ import importlib
 import sys
 
 import pytest
+from torchvision.datasets import MNIST
 
 import common
 
@@ -20,8 +21,10 @@ import common
 @pytest.fixture(scope="module", autouse=True)
 def no_network():
     with pytest.MonkeyPatch.context() as patch:
-        for proxy in ("http_proxy", "https_proxy"):
-            patch.setenv(proxy, "http://127.0.0.1:9")  # nothing listens there
+        patch.setattr(
+            MNIST, "mirrors", ["http://127.0.0.1:9/"]
+        )  # nothing listens there
+        patch.setenv("no_proxy", "127.0.0.1")
         patch.setattr(common, "draw_digits", functools.cache(common.draw_digits))
         yield
 

@@ -15,6 +15,8 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import pytest
 from helpers import STAGE_1, STAGE_2, STAGE_3, TWENTY_STEPS, draw, run, write_mnist
 
+import common
+
 
 @pytest.fixture(scope="session")
 def small_mnist(tmp_path_factory):
@@ -22,6 +24,12 @@ def small_mnist(tmp_path_factory):
     data_dir = tmp_path_factory.mktemp("small_mnist")
     write_mnist(data_dir, draw(650, seed=2), draw(300, seed=3))
     return data_dir
+
+
+@pytest.fixture(scope="session")
+def batch():
+    """Images, float32 (40, 784), and labels, int32 (40,)."""
+    return common.numpy_collate(common.draw_digits(40, seed=0))
 
 
 @pytest.fixture(scope="session")

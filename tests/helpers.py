@@ -70,18 +70,16 @@ class Run(NamedTuple):
     accuracy: float  # what main returned
     lines: list[str]  # of stdout
     log: list[dict[str, str]]  # the lines of evaluations, see LINE
-    evaluated: list[list[np.ndarray]]  # parameters or state at each evaluation
-    state: Any  # the last one of them
+    state: Any  # the parameters or the state that was evaluated last
     steps: list[Step]  # if the run was recorded
 
 
 def run(script, data_dir, *options, record=False):
     """Call the main of a script, given as a module."""
-    states, evaluated, steps = [], [], []
+    states, steps = [], []
 
     def evaluate(state, loader):
         states.append(state)
-        evaluated.append(leaves(state))
         return real_evaluate(state, loader)
 
     def step(state, x, y, *rest):
@@ -91,10 +89,8 @@ def run(script, data_dir, *options, record=False):
     is_stage_1 = script is STAGE_1
     evaluate_name = "accuracy" if is_stage_1 else "eval_model"
     step_name = "sgd_update" if is_stage_1 else "train_step"
-    real_evaluate, real_step = (
-        getattr(script, evaluate_name),
-        getattr(script, step_name),
-    )
+    real_evaluate = getattr(script, evaluate_name)
+    real_step = getattr(script, step_name)
     out = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
         patch.setattr(script, evaluate_name, evaluate)
@@ -103,4 +99,4 @@ def run(script, data_dir, *options, record=False):
         accuracy = script.main(["--data-dir", str(data_dir), *map(str, options)])
     lines = out.getvalue().splitlines()
     log = [match.groupdict() for match in map(LINE.fullmatch, lines) if match]
-    return Run(accuracy, lines, log, evaluated, states[-1], steps)
+    return Run(accuracy, lines, log, states[-1], steps)

@@ -5,15 +5,13 @@ import os
 import random
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from flax import serialization
-from helpers import STAGE_2, TWENTY_STEPS, equal, leaves, run
+from helpers import STAGE_2, TWENTY_STEPS, equal, run
 
 
 @pytest.fixture
@@ -51,10 +49,8 @@ def test_stopped_and_resumed_equals_never_stopped(
 def test_finished_run_only_evaluates_and_more_epochs_extend_it(
     flax_script, checkpoint, whole_run, small_mnist
 ):
-    options, before = (
-        [*TWENTY_STEPS, "--checkpoint", checkpoint],
-        checkpoint.read_bytes(),
-    )
+    options = [*TWENTY_STEPS, "--checkpoint", checkpoint]
+    before = checkpoint.read_bytes()
     again = run(flax_script, small_mnist, *options)
     assert again.log == []
     assert again.lines[-1] == whole_run(flax_script).lines[-1]
@@ -63,25 +59,12 @@ def test_finished_run_only_evaluates_and_more_epochs_extend_it(
     assert [line["step"] for line in longer.log] == ["30"]
 
 
-def test_every_leaf_of_the_state_is_saved_and_loaded(flax_script, whole_run, tmp_path):
-    state = whole_run(flax_script).state
-    numbered = jax.tree.unflatten(
-        jax.tree.structure(state),
-        [np.full_like(leaf, i + 1) for i, leaf in enumerate(jax.tree.leaves(state))],
-    )
-    flax_script.save_checkpoint(tmp_path / "a", {"seed": 0}, numbered)
-    loaded = flax_script.load_checkpoint(tmp_path / "a", {"seed": 0}, state)
-    assert equal(loaded, numbered)
-    assert [a.dtype for a in leaves(loaded)] == [a.dtype for a in leaves(numbered)]
-    assert type(loaded) is type(state)
-
-
 # What is not a checkpoint of the same run is refused, and stays as it is.
 
 
-def test_checkpoint_of_another_run(flax_script, checkpoint, whole_run, small_mnist):
+def test_checkpoint_of_another_run(flax_script, checkpoint, small_mnist):
     before = checkpoint.read_bytes()
-    description = {
+    assert read(checkpoint)["run"] == {
         "script": f"{flax_script.__name__}.py",
         "data": "MNIST",
         "number of training images": 650,
@@ -91,14 +74,9 @@ def test_checkpoint_of_another_run(flax_script, checkpoint, whole_run, small_mni
         "batch size": 64,
         "learning rate": 0.01,
     }
-    assert read(checkpoint)["run"] == description
-    error = f"^error: {checkpoint} is from another run: its "
-    for name, value in description.items():
-        with pytest.raises(SystemExit, match=f"{error}{name} is {value}, not new$"):
-            state, changed = whole_run(flax_script).state, {**description, name: "new"}
-            flax_script.load_checkpoint(checkpoint, changed, state)
-    with pytest.raises(SystemExit, match=f"{error}seed is 3, not 1$"):
-        options = [*TWENTY_STEPS, "--seed", 1, "--checkpoint", checkpoint]
+    options = [*TWENTY_STEPS, "--seed", 1, "--checkpoint", checkpoint]
+    message = f"^error: {checkpoint} is from another run: its seed is 3, not 1$"
+    with pytest.raises(SystemExit, match=message):
         run(flax_script, small_mnist, *options)
     assert checkpoint.read_bytes() == before
 
@@ -147,22 +125,17 @@ def test_disk_is_full(flax_script, method, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_several_runs_with_one_file(flax_script, tmp_path):
-    """Each saves in its own time, and whoever reads finds a whole file."""
-    path, finished = tmp_path / "a", []
+def test_another_run_saves_the_same_file_meanwhile(flax_script, tmp_path, monkeypatch):
+    path, replace = tmp_path / "a", Path.replace
 
-    def save(i):
-        for _ in range(20):
-            flax_script.save_checkpoint(path, {}, {"weights": np.full(100_000, i)})
-        finished.append(i)
+    def another_run_comes_first(self, target):
+        monkeypatch.setattr(Path, "replace", replace)
+        flax_script.save_checkpoint(path, {}, {"step": 2})
+        return replace(self, target)
 
-    flax_script.save_checkpoint(path, {}, {"weights": np.zeros(100_000)})
-    threads = [threading.Thread(target=save, args=[i]) for i in range(3)]
-    for thread in threads:
-        thread.start()
-    while any(thread.is_alive() for thread in threads):
-        assert len(set(read(path)["state"]["weights"].tolist())) == 1
-    assert sorted(finished) == [0, 1, 2]
+    monkeypatch.setattr(Path, "replace", another_run_comes_first)
+    flax_script.save_checkpoint(path, {}, {"step": 1})
+    assert read(path)["state"]["step"] == 1
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -5,28 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import TWENTY_STEPS, assert_close, equal, leaves, run
+from helpers import assert_close
 
-import common
 from mlp_flax import MLP, apply_model, create_train_state, train_step
 
 
 @pytest.fixture
 def state():
     return create_train_state(jax.random.key(0), 1e-3, 10)
-
-
-@pytest.fixture(scope="module")
-def batch():
-    return common.numpy_collate(common.draw_digits(20, seed=0))
-
-
-def test_init_infers_the_width_of_the_input():
-    model, x = MLP(layer_sizes=(8, 4)), jnp.ones((5, 30))
-    variables = jax.eval_shape(model.init, jax.random.key(0), x)
-    assert jax.eval_shape(model.apply, variables, x).shape == (5, 4)
-    shapes = {leaf.shape for leaf in jax.tree.leaves(variables)}
-    assert shapes == {(30, 8), (8,), (8, 4), (4,)}
 
 
 def test_relu_between_the_layers_alone():
@@ -45,26 +31,18 @@ def test_initialisation_is_flaxs_own(state):
         assert not layer["bias"].any()
 
 
-def test_step(state, batch):
-    """Returns the loss before the update, moves everything, donates the old state."""
+def test_step_returns_the_loss_before_and_donates_the_old_state(state, batch):
     logits = state.apply_fn({"params": state.params}, batch[0])
     log_probs = jax.nn.log_softmax(logits)
     expected = -np.mean([p[label] for p, label in zip(log_probs, batch[1])])
-    old = jax.tree.leaves((state.params, state.opt_state))
-    before = leaves(old)
     new, loss = train_step(state, *batch)
     assert_close(loss, expected)
-    after = leaves((new.params, new.opt_state))
-    assert not any(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
-    assert all(leaf.is_deleted() for leaf in old)
     assert new.step == 1
-    for _ in range(10):
-        new, loss = train_step(new, *batch)
-    assert loss < expected / 2
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
 
 
 def test_label_without_an_output_makes_the_loss_nan(state, batch):
-    _, loss = train_step(state, batch[0], np.full(20, 10))
+    _, loss = train_step(state, batch[0], np.full_like(batch[1], 10))
     assert np.isnan(loss)
 
 
@@ -72,36 +50,16 @@ def test_apply_model_predicts_the_largest_logit(state, batch):
     logits = state.apply_fn({"params": state.params}, batch[0])
     predicted = apply_model(state, batch[0])
     assert predicted.dtype == jnp.int32
-    assert equal(predicted, logits.argmax(axis=1))
+    assert predicted.tolist() == logits.argmax(axis=1).tolist()
 
 
-def test_optimizer_is_adam_with_its_own_betas(state):
-    reference = optax.adam(optax.linear_schedule(1e-3, 1e-5, 10))
-    params, opt_state = state.params, reference.init(state.params)
-    ours = jax.jit(lambda state, grads: state.apply_gradients(grads=grads))
-    theirs = jax.jit(reference.update)
-    for size in (1.0, -3.0, 0.5):
+def test_optimizer_is_adam_and_its_schedule_spans_the_run(flax_script, whole_run):
+    state = whole_run(flax_script).state
+    reference = optax.adam(optax.linear_schedule(0.01, 1e-5, 20))
+    ours, theirs = state.tx.init(state.params), reference.init(state.params)
+    update, reference_update = jax.jit(state.tx.update), jax.jit(reference.update)
+    for size in 7 * (1.0, -3.0, 0.5):
         grads = jax.tree.map(lambda p: p + size, state.params)  # noqa: B023
-        state = ours(state, grads)
-        updates, opt_state = theirs(grads, opt_state)
-        params = optax.apply_updates(params, updates)
-    assert_close(state.params, params, 1e-6, 1e-7)
-
-
-def test_schedule_spans_the_run(flax_script, small_mnist, monkeypatch):
-    """Adam turns a gradient that never changes into steps of the learning rate."""
-    create, created = flax_script.create_train_state, []
-
-    def spy(*args):
-        created.append(create(*args))
-        return created[-1]
-
-    monkeypatch.setattr(flax_script, "create_train_state", spy)
-    run(flax_script, small_mnist, *TWENTY_STEPS, "--max-steps", 0)
-    (state,) = created
-    ones = jax.tree.map(jnp.ones_like, state.params)
-    update, opt_state, rates = jax.jit(state.tx.update), state.opt_state, []
-    for _ in range(21):
-        updates, opt_state = update(ones, opt_state)
-        rates.append(-float(jax.tree.leaves(updates)[0].mean()))
-    np.testing.assert_allclose(rates, np.linspace(0.01, 1e-5, 21), rtol=1e-3)
+        updates, ours = update(grads, ours)
+        expected, theirs = reference_update(grads, theirs)
+        assert_close(updates, expected, 1e-5, 1e-8)

@@ -34,10 +34,8 @@ def test_files_and_links_exist(text):
 def test_options_exist(text):
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
     options = set(re.findall(r"--[a-z-]+", STAGE_2.make_parser().format_help()))
-    assert named <= options | {
-        "--no-project",
-        "--with-requirements",
-    }  # the two are uv's
+    of_uv = {"--no-project", "--with-requirements"}
+    assert named <= options | of_uv
     if text is README:
         assert options - {"--help"} <= named
 
@@ -76,7 +74,7 @@ def test_own_project(tmp_path, monkeypatch):
     np.save("images.npy", images)
     np.save("labels.npy", labels)
     Path("mine.py").write_text(text)
-    spec = importlib.util.spec_from_file_location("mine", "mine.py")
+    spec = importlib.util.spec_from_file_location("mlp_mine", "mine.py")
     mine = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(mine)
     result = run(mine, "unused", "--epochs", 2)
@@ -99,8 +97,8 @@ def test_predict(
     if flax_script is STAGE_3:  # the README says what to change
         program = program.replace("from mlp_flax import", f"from {name} import")
         params = '"params": state["params"]}, x'
-        both = '"params": state["params"], "batch_stats": state["batch_stats"]}'
-        program = program.replace(params, f"{both}, x, train=False")
+        with_stats = '"params": state["params"], "batch_stats": state["batch_stats"]}'
+        program = program.replace(params, f"{with_stats}, x, train=False")
     exec(program, {})  # noqa: S102
     seen = np.stack([picture.resize((28, 28)), images[0]])
     guesses = flax_script.apply_model(state, common.FlattenAndCast()(seen))

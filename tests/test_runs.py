@@ -87,6 +87,11 @@ def test_keys(script, whole_run, small_mnist):
     assert equal([step.y for step in steps], np.split(labels[order], 20))
 
 
+def test_a_step_changes_every_leaf(script, whole_run):
+    first, *_, last = whole_run(script).steps
+    assert not any(map(np.array_equal, first.before, last.before))
+
+
 def test_evaluating_saving_and_stopping_early_change_nothing(
     script, whole_run, small_mnist
 ):
@@ -94,8 +99,7 @@ def test_evaluating_saving_and_stopping_early_change_nothing(
     options = ["--eval-every", 1, "--max-steps", 14]
     often, whole = run(script, small_mnist, *TWENTY_STEPS, *options), whole_run(script)
     assert len(often.log) == 14
-    # Each evaluation looks at two sets. Steps 7 and 14 are the first two of `whole`.
-    assert equal(often.evaluated[2 * 13], whole.evaluated[2 * 1])
+    assert equal(often.state, whole.steps[14].before)
     assert [often.log[6], often.log[13]] == whole.log[:2]
 
 
@@ -114,12 +118,6 @@ def test_first_train_examples_in_batches(script, small_mnist):
     assert {image.tobytes() for step in result.steps for image in step.x} <= first
 
 
-def test_max_steps_0_evaluates_the_untrained_network(script, small_mnist):
-    result = run(script, small_mnist, "--max-steps", 0)
-    assert result.log == []
-    assert result.accuracy < 0.3
-
-
 def test_defaults(script):
     args = script.make_parser().parse_args([])
     assert args.data_dir == Path(script.__file__).parent / "data"
@@ -135,11 +133,8 @@ def test_help_is_for_people(script, capsys):
     with pytest.raises(SystemExit, match="^0$"):
         script.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    for default in (5, script.BATCH_SIZE, script.LEARNING_RATE, 0):
-        assert f"(default: {default})" in text
     assert text.count("(default: ") == (8 if script is STAGE_1 else 9)
-    for word in ("None", "inf", str(Path.cwd()), "%"):
-        assert word not in text
+    assert not re.search(rf"None|\binf\b|%|{Path.cwd()}", text)
 
 
 def test_home_directory_is_expanded(script, monkeypatch, tmp_path):
@@ -149,59 +144,53 @@ def test_home_directory_is_expanded(script, monkeypatch, tmp_path):
     if script is not STAGE_1:
         options += ["--checkpoint=~/there"]
     args = vars(script.make_parser().parse_args(options))
-    expanded = tmp_path / "there"
-    assert args["data_dir"] == args.get("checkpoint", expanded) == expanded
+    paths = [value for value in args.values() if isinstance(value, Path)]
+    assert paths == len(options) * [tmp_path / "there"]
 
 
 # What goes wrong, and what the user gets.
 
 
-def assert_refused(script, data_dir, option, capsys, *others):
+WRONG = """--epochs=0 --epochs=2.5 --epochs=99999999999 --batch-size=0 --batch-size=651
+    --learning-rate=0 --learning-rate=nan --learning-rate=inf --train-examples=0 --seed=-1
+    --seed=1180591620717411303424 --eval-every=0 --max-steps=-1""".split()
+WRONG += ["--batch-size=9 --train-examples=8"]
+WRONG = [
+    (script, options) for script in (STAGE_1, STAGE_2, STAGE_3) for options in WRONG
+]
+WRONG += [(STAGE_2, "--epochs=2147483647")]  # Optax counts steps in 32 bits
+WRONG += [(STAGE_3, "--epochs=2147483647")]
+WRONG += [(STAGE_3, "--batch-size=1")]  # a single image has no variance
+
+
+@pytest.mark.parametrize(("script", "options"), WRONG)
+def test_wrong_option(script, options, small_mnist, capsys):
     """Exit status 2, and argparse's message with the option."""
     with pytest.raises(SystemExit, match="^2$"):
-        run(script, data_dir, option, *others)
-    name, value = option.split("=")
-    message = capsys.readouterr().err.splitlines()[-1]
-    assert f"error: argument {name}: " in message
-    return value in message
+        run(script, small_mnist, *options.split())
+    name, _, _ = options.partition("=")
+    assert f"error: argument {name}: " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "option",
-    """--epochs=0 --epochs=2.5 --epochs=99999999999 --batch-size=0 --batch-size=651
-    --batch-size=many --learning-rate=0 --learning-rate=-0.1 --learning-rate=nan
-    --learning-rate=inf --train-examples=0 --seed=-1 --seed=1180591620717411303424
-    --eval-every=0 --max-steps=-1""".split(),
-)
-def test_wrong_option(script, option, small_mnist, capsys):
-    assert assert_refused(script, small_mnist, option, capsys)
+DIVERGENCE = [(script, "weights") for script in (STAGE_1, STAGE_2, STAGE_3)]
+DIVERGENCE += [(STAGE_2, "loss"), (STAGE_3, "loss")]  # in stage 1, never the loss alone
 
 
-def test_options_that_do_not_fit_together(script, small_mnist, capsys):
-    few = ["--train-examples", 8]
-    assert assert_refused(script, small_mnist, "--batch-size=9", capsys, *few)
-    if script is not STAGE_1:  # Optax counts steps in 32 bits
-        assert_refused(script, small_mnist, "--epochs=2147483647", capsys)
-    if script is STAGE_3:  # a single image has no variance
-        assert_refused(script, small_mnist, "--batch-size=1", capsys)
-
-
-@pytest.mark.parametrize("part", ["weights", "loss"])
+@pytest.mark.parametrize(("script", "part"), DIVERGENCE)
 def test_divergence(script, part, small_mnist, tmp_path, monkeypatch, capsys):
-    """A huge number is none. Each evaluation saves, but not the one that finds it."""
-    if script is STAGE_1:  # where the loss cannot be the only number that is not finite
-        name, part = "sgd_update", "weights"
-    else:
-        name = "train_step"
+    """A large number is none. Every evaluation saves, but not the one that finds it."""
+    name = "sgd_update" if script is STAGE_1 else "train_step"
     real_step, steps = getattr(script, name), []
 
     def step(*args):
         new, structure = jax.tree.flatten(real_step(*args))
         steps.append(args)
         if len(steps) in (3, 6):
-            i = -1 if part == "loss" else next(i for i, a in enumerate(new) if a.ndim)
             value = 1e30 if len(steps) == 3 else jnp.inf
-            new[i] = jnp.ravel(new[i]).at[-1].set(value).reshape(new[i].shape)
+            if part == "loss":
+                new[-1] = jnp.float32(value)
+            else:  # in all three scripts, an array of parameters
+                new[1] = new[1].at[-1].set(value)
         return jax.tree.unflatten(structure, new)
 
     monkeypatch.setattr(script, name, step)
@@ -220,12 +209,16 @@ def test_divergence(script, part, small_mnist, tmp_path, monkeypatch, capsys):
 
 
 def test_control_c(small_mnist):
-    """Also shows that a line of the log comes at once through a pipe."""
-    command = [sys.executable, STAGE_2.__file__, "--data-dir", small_mnist]
+    """Also shows that a line of the log comes at once through a pipe.
+
+    Otherwise it would come at the end: the whole log is smaller than Python's buffer.
+    """
+    options = ["--data-dir", small_mnist, "--epochs", "90", "--batch-size", "8"]
+    command = [sys.executable, STAGE_2.__file__, *options]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     # Tests in a shell's background ignore Ctrl-C, and the script would inherit that.
     ours = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen([*command, "--epochs", "100000"], **pipes)
+    process = subprocess.Popen(command, **pipes)
     signal.signal(signal.SIGINT, ours)
     for line in process.stdout:
         if line.startswith("epoch 2"):
