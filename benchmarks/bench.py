@@ -48,7 +48,7 @@ def keep(state: Any, x: Any, y: Any) -> Any:
 def epochs(
     make_batches: Callable[[], Iterable], state: Any = None, step: Callable = keep
 ) -> Iterator[None]:
-    """Take a step on each batch of an epoch at each `next`; by default, only load it."""
+    """Take a step on each batch of an epoch at each `next`; by default, only load them."""
     while True:
         for x, y in make_batches():
             state = step(state, x, y)

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import MNIST
 from torchvision.transforms import ToTensor
 
-EPOCHS = 5
+EPOCHS = 5  # as in the scripts
 # Batch size, initial and final learning rate; training.py checks them against the scripts.
 SETTINGS = {1: (32, 0.3, 0.1), 2: (32, 1e-3, 1e-5), 3: (128, 2e-3, 1e-5)}
 
@@ -31,12 +31,13 @@ def make_model(stage: int) -> nn.Sequential:
 def make_training(stage: int, epoch_steps: int, **options) -> tuple:
     """Return model, optimizer and scheduler; `options` go to the optimizer."""
     _, initial, final = SETTINGS[stage]
-    model, steps, end = make_model(stage), EPOCHS * epoch_steps, final / initial
+    model, steps = make_model(stage), EPOCHS * epoch_steps
+    factor = final / initial  # from the first learning rate to the last
     if stage == 1:
         optimizer = optim.SGD(model.parameters(), initial, **options)
-        return model, optimizer, ExponentialLR(optimizer, end ** (1 / steps))
+        return model, optimizer, ExponentialLR(optimizer, factor ** (1 / steps))
     optimizer = optim.Adam(model.parameters(), initial, **options)
-    return model, optimizer, LinearLR(optimizer, 1, end, steps)
+    return model, optimizer, LinearLR(optimizer, 1, factor, steps)
 
 
 def train_epoch(model, optimizer, scheduler, batches):
