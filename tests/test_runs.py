@@ -225,9 +225,10 @@ def test_control_c(small_mnist):
             break
     process.send_signal(signal.SIGINT)
     try:
-        _, stderr = process.communicate(timeout=60)
+        rest, stderr = process.communicate(timeout=60)
     finally:
         process.kill()
+    assert "final" not in rest
     assert process.returncode == -signal.SIGINT  # a shell makes this 130
     assert stderr == ""
 
