@@ -86,8 +86,9 @@ def _is_key(value: Any) -> bool:
 class NumpyLoader(DataLoader):
     """A DataLoader that yields NumPy batches.
 
-    `dataset` is anything with `__len__` and `__getitem__`. With `shuffle`, `rng_key`
-    determines the order, which changes every epoch. Other arguments are DataLoader's.
+    `dataset` is anything with `__len__` and `__getitem__` or, without `shuffle`, an
+    IterableDataset. With `shuffle`, `rng_key` determines the order, which changes every
+    epoch. Other arguments are DataLoader's.
 
     Worker processes (`num_workers`) are spawned by default, because a forked copy of a
     process that runs JAX can deadlock. So the program needs a __main__ guard, and the
@@ -195,7 +196,7 @@ def load_mnist(data_dir: str | Path) -> tuple[Pairs, Pairs, str]:
     MNIST's four files may be in `data_dir`/MNIST/raw (torchvision's layout), in
     `data_dir`/raw or in `data_dir`, as they are or as .gz; they are never changed.
     Missing files are downloaded to `data_dir`/MNIST/raw. If that fails and the
-    directory is empty, both sets are drawn digits, and stderr says why.
+    directory has no visible file, both sets are drawn digits, and stderr says why.
 
     Raises DataError if a file is damaged, if only some of them or other files are there
     and the download fails, or if the directory cannot be read or written.

@@ -60,7 +60,7 @@ def create_train_state(
 ) -> TrainState:
     """Return a new state: initial parameters, and Adam with linear decay."""
     model = MLP()
-    # model(x) would fail: init creates the parameters, and jit makes it faster.
+    # A module holds no parameters, so model(x) would fail. jit makes init faster.
     init = jax.jit(model.init)
     variables = init(params_key, jnp.zeros((1, 784)))
     schedule = optax.linear_schedule(learning_rate, FINAL_LEARNING_RATE, total_steps)
@@ -105,7 +105,8 @@ def eval_model(state: TrainState, loader: NumpyLoader) -> float:
 def save_checkpoint(path: Path, run: dict[str, Any], state: TrainState) -> None:
     """Save `state` and `run`, a description of the run; exit if that is impossible.
 
-    The file is replaced as a whole or not at all, even if the process is killed.
+    The file is replaced as a whole or not at all. A process that is killed meanwhile can
+    leave a hidden directory beside it.
     """
     path = path.resolve()  # follow a symbolic link instead of replacing it
     try:

@@ -81,7 +81,7 @@ def create_train_state(
 ) -> CustomTrainState:
     """Return a new state: initial parameters, and Adam with linear decay."""
     model = MLP()
-    # model(x) would fail: init creates the parameters, and jit makes it faster.
+    # A module holds no parameters, so model(x) would fail. jit makes init faster.
     # With train=True, init would also need a key named "dropout".
     init = jax.jit(model.init, static_argnames="train")
     variables = init(params_key, jnp.zeros((1, 784)), train=False)
@@ -139,7 +139,8 @@ def eval_model(state: TrainState, loader: NumpyLoader) -> float:
 def save_checkpoint(path: Path, run: dict[str, Any], state: TrainState) -> None:
     """Save `state` and `run`, a description of the run; exit if that is impossible.
 
-    The file is replaced as a whole or not at all, even if the process is killed.
+    The file is replaced as a whole or not at all. A process that is killed meanwhile can
+    leave a hidden directory beside it.
     """
     path = path.resolve()  # follow a symbolic link instead of replacing it
     try:
