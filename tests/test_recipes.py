@@ -232,23 +232,24 @@ def test_regression(recipe, small_mnist):
 def test_augment(recipe, small_mnist):
     module = recipe("augment")
     result = train(module, small_mnist, record=True)
-    params_key, _, augment_key = jax.random.split(jax.random.key(0), 3)
+    _, _, augment_key = jax.random.split(jax.random.key(0), 3)
     assert all(step.rest == (augment_key,) for step in result.steps)
 
     image = jnp.zeros((28, 28)).at[10, 15].set(1)
     keys = jax.random.split(jax.random.key(0), 300)
-    shifted = jax.vmap(module.random_shift, (0, None))(keys, image.ravel())
+    shift = jax.jit(jax.vmap(module.random_shift, (0, None)))
+    shifted = np.asarray(shift(keys, image.ravel()))
     positions = {divmod(int(i), 28) for i in shifted.argmax(axis=1)}
     assert positions == {(y, x) for y in range(8, 13) for x in range(13, 18)}
 
     # In a step, each image has a shift of its own, and another one at the next step.
-    state, seen = module.create_train_state(params_key, 1e-3, 10), []
+    seen = []
 
     def spy(variables, x):
         jax.debug.callback(lambda x: seen.append(np.array(x)), x)
         return x[:, :10]
 
-    state = state.replace(apply_fn=spy)
+    state = module.TrainState.create(apply_fn=spy, params={}, tx=optax.identity())
     images = jnp.tile(image.reshape(1, 784), (8, 1))
     for _ in range(2):
         state, _ = module.train_step(state, images, Y[:8], augment_key)
