@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch.utils import data
 from torch.utils.data import DataLoader
-from torchvision.datasets import MNIST
 
 from common import FlattenAndCast, JAXRandomSampler, NumpyLoader, numpy_collate
 
@@ -131,6 +130,8 @@ def test_different_structures_are_refused(other):
 
 
 def test_code_of_the_article(small_mnist):
+    from torchvision.datasets import MNIST  # not above, where workers would wait for it
+
     mnist_dataset = MNIST(small_mnist, download=True, transform=FlattenAndCast())
     loader_key = jax.random.PRNGKey(0)
     training_generator = NumpyLoader(
