@@ -71,5 +71,5 @@ if __name__ == "__main__":
     for epoch in range(1, EPOCHS + 1):
         loss = train_epoch(model, *rest, loader)
         accuracies = accuracy(model, loader.dataset), accuracy(model, test_set)
-        print(epoch, float(loss), *accuracies, flush=True)
+        print(epoch, loss.item(), *accuracies, flush=True)
     print(f"final test accuracy: {accuracy(model, test_set):.2%} (MNIST)")
