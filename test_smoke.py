@@ -21,9 +21,7 @@ import common
 @pytest.fixture(scope="module", autouse=True)
 def no_network():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            MNIST, "mirrors", ["http://127.0.0.1:9/"]
-        )  # nothing listens there
+        patch.setattr(MNIST, "mirrors", ["http://127.0.0.1:9/"])  # nobody is there
         patch.setenv("no_proxy", "127.0.0.1")
         patch.setattr(common, "draw_digits", functools.cache(common.draw_digits))
         yield
