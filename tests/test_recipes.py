@@ -381,7 +381,8 @@ def test_devices(recipe, plain, small_mnist, tmp_path):
         processes.append(subprocess.Popen(command, cwd=tmp_path, env=process, **pipes))
     (stdout, stderr), (silent, more) = (p.communicate(timeout=300) for p in processes)
     assert [p.returncode for p in processes] == [0, 0], stderr + more
-    assert not re.sub(".*Gloo.*\n", "", silent), "one process prints"
+    # Gloo's own messages, from several threads, are broken anywhere.
+    assert not re.search("data:|device:|parameters:|accuracy", silent), "both print"
     assert (tmp_path / "saved").exists()
 
     # Each device gets its own rows, and together they get the batch.
