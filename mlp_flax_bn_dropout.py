@@ -6,13 +6,12 @@ This stage shows that
   and the train state carries them where the optimizer does not see them;
 - the model has to be told whether it is being trained or evaluated.
 
-Run `python mlp_flax_bn_dropout.py`. It reaches 98.3% test accuracy (mean of five seeds)
-in 5 epochs, which take about half a minute on two CPU cores.
+Run `python mlp_flax_bn_dropout.py`. Its 5 epochs take about half a minute on two CPU
+cores and reach 98.3% test accuracy (mean of five seeds), in a quarter of the steps of
+stage 2, whose batches are smaller.
 """
 
 import argparse
-import os
-import signal
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -29,35 +28,33 @@ from flax import serialization
 from flax.training.train_state import TrainState
 from jax import Array
 
-from common import DataError, NumpyLoader, load_mnist
+from common import DATA_DIR, NumpyLoader, load_mnist
 
-LAYER_SIZES = (512, 512, 10)  # units per layer; the last has one per class
+LAYER_SIZES = (784, 512, 512, 10)  # inputs, then units of each layer
 DROPOUT_RATES = (0.3, 0.4)  # fraction of units dropped, for each hidden layer
 EPOCHS = 5
 BATCH_SIZE = 128
 LEARNING_RATE = 2e-3
-FINAL_LEARNING_RATE = 1e-5
+LEARNING_RATE_DECAY = 1 / 200  # final learning rate / initial one
 EVAL_BATCH_SIZE = 2000
 
 
 class MLP(nn.Module):
-    """Dense layers with relu, Dropout and BatchNorm in between.
+    """Dense layers with ReLU, Dropout and BatchNorm between them.
 
-    Dropout comes before BatchNorm, as in the article that README.md names. In your own
-    model, put BatchNorm first: Dropout raises the variance of its output in training,
-    but not in evaluation, so running averages taken after it are off. Source: Li et
-    al., Understanding the Disharmony between Dropout and Batch Normalization by
-    Variance Shift, 2018.
+    The order is the article's. In your own model, put Dropout after BatchNorm: it
+    changes the variance in training but not in evaluation, so a BatchNorm behind it
+    evaluates with a wrong running variance (Li et al., arXiv:1801.05134).
     """
 
-    layer_sizes: Sequence[int] = LAYER_SIZES
-    dropout_rates: Sequence[float] = DROPOUT_RATES
+    layer_sizes: Sequence[int]
+    dropout_rates: Sequence[float]
 
     def setup(self) -> None:
-        # The number of inputs is not given here: init infers it from an example.
-        self.layers = [nn.Dense(size) for size in self.layer_sizes]
+        # Dense infers its number of inputs from the example that init is given.
+        self.layers = [nn.Dense(size) for size in self.layer_sizes[1:]]
         self.dropouts = [nn.Dropout(rate) for rate in self.dropout_rates]
-        # Flax's momentum is the weight of the old average: PyTorch would call this 0.1.
+        # 0.9 is what PyTorch calls 0.1. Flax's default, 0.99, follows ten times slower.
         self.norms = [nn.BatchNorm(momentum=0.9) for _ in self.dropout_rates]
 
     def __call__(self, x: Array, train: bool) -> Array:
@@ -77,16 +74,17 @@ class CustomTrainState(TrainState):
 
 
 def create_train_state(
-    params_key: Array, learning_rate: float, total_steps: int
+    init_key: Array, learning_rate: float, total_steps: int
 ) -> CustomTrainState:
     """Return a new state: initial parameters, and Adam with linear decay."""
-    model = MLP()
-    # A module holds no parameters, so model(x) would fail. jit makes init faster.
-    # With train=True, init would also need a key named "dropout".
-    init = jax.jit(model.init, static_argnames="train")
-    variables = init(params_key, jnp.zeros((1, 784)), train=False)
-    schedule = optax.linear_schedule(learning_rate, FINAL_LEARNING_RATE, total_steps)
+    model = MLP(LAYER_SIZES, DROPOUT_RATES)
+    init = jax.jit(partial(model.init, train=False))  # compiled: half the time
+    variables = init(init_key, jnp.zeros((1, LAYER_SIZES[0])))
+
+    final_rate = learning_rate * LEARNING_RATE_DECAY
+    schedule = optax.linear_schedule(learning_rate, final_rate, total_steps)
     optimizer = optax.adam(schedule)
+
     return CustomTrainState.create(
         apply_fn=model.apply,
         params=variables["params"],
@@ -99,10 +97,10 @@ def create_train_state(
 def train_step(
     state: CustomTrainState, x: Array, y: Array, dropout_key: Array
 ) -> tuple[CustomTrainState, Array]:
-    """Take one step on images x (B, 784) and classes y (B,), which count from 0.
+    """Take one step on images x (B, 784) and their classes y (B,), from 0 to 9.
 
-    Returns the new state, and the loss of this batch before the update. The old state
-    is donated: its memory is reused, so it cannot be read after the call.
+    Returns the new state, and the loss before the update. The old state is donated:
+    its memory is reused, so it cannot be read again. A class -1 would mean class 9.
     """
     step_key = jax.random.fold_in(dropout_key, state.step)  # new masks at every step
 
@@ -111,8 +109,8 @@ def train_step(
             {"params": params, "batch_stats": state.batch_stats},
             x,
             train=True,
-            rngs={"dropout": step_key},
-            mutable=["batch_stats"],  # without this, updating them is an error
+            rngs={"dropout": step_key},  # Flax derives one for each layer
+            mutable=["batch_stats"],  # so apply returns their new values, too
         )
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
         return loss, updates["batch_stats"]
@@ -131,164 +129,67 @@ def apply_model(state: CustomTrainState, x: Array) -> Array:
 
 
 def eval_model(state: TrainState, loader: NumpyLoader) -> float:
-    """Return the accuracy over the whole loader, from 0 to 1."""
-    correct = [apply_model(state, x) == y for x, y in loader]
-    return float(np.concatenate(correct).mean())
+    """Return the fraction of the loader's examples classified correctly."""
+    correct, total = 0, 0
+    for x, y in loader:
+        correct += (apply_model(state, x) == y).sum()
+        total += len(y)
+    return float(correct) / total
 
 
-def save_checkpoint(path: Path, run: dict[str, Any], state: TrainState) -> None:
-    """Save `state` and `run`, a description of the run; exit if that is impossible.
-
-    The file is replaced as a whole or not at all. A process that is killed meanwhile can
-    leave a hidden directory beside it.
-    """
-    path = path.resolve()  # follow a symbolic link instead of replacing it
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=path.parent, prefix=".saving-") as scratch:
-            new_file = Path(scratch, path.name)
-            new_file.write_bytes(serialization.to_bytes({"run": run, "state": state}))
-            new_file.replace(path)
-    except OSError as error:
-        sys.exit(f"error: cannot save the checkpoint {path}: {error}")
+def save_checkpoint(path: Path, run: str, state: TrainState) -> None:
+    """Save the state. A kill while saving leaves the old file intact."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=path.parent) as scratch:
+        new_file = Path(scratch, path.name)
+        new_file.write_bytes(serialization.to_bytes({"run": run, "state": state}))
+        new_file.replace(path)
 
 
-def load_checkpoint(path: Path, run: dict[str, Any], state: TrainState) -> TrainState:
-    """Return the state saved in `path`; exit if it is not from the same run."""
+def load_checkpoint(path: Path, run: str, state: TrainState) -> TrainState:
+    """Return `state` with the saved values; exit if they are from another run."""
     try:
         saved = serialization.msgpack_restore(path.read_bytes())
-        for name, value in run.items():
-            if saved["run"][name] != value:
-                difference = f"its {name} is {saved['run'][name]}, not {value}"
-                sys.exit(f"error: {path} is from another run: {difference}")
-        return serialization.from_state_dict(state, saved["state"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if saved["run"] == run:
+            return serialization.from_state_dict(state, saved["state"])
+    except (KeyError, TypeError, ValueError) as error:
         sys.exit(f"error: {path} is not a checkpoint of this script: {error}")
+    sys.exit(f"error: {path} is from another run: {saved['run']}")
 
 
-# Pasted into a notebook, this code has no __file__.
-SCRIPT = Path(globals().get("__file__", "notebook"))
-DATA_DIR = SCRIPT.with_name("data")
+def count(text: str) -> int:
+    if int(text) < 0:
+        raise ValueError  # argparse reports it with the option and the value
+    return int(text)
 
 
-# Argument types: if one raises an error, argparse reports it with the option's name.
-def positive_int(text: str) -> int:
-    value = int(text)
-    if not 1 <= value < 2**31:
-        raise argparse.ArgumentTypeError(f"{text} is not between 1 and 2**31 - 1")
-    return value
-
-
-def non_negative_int(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**31:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2**31 - 1")
-    return value
-
-
-def positive_float(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not positive and finite")
-    return value
-
-
-def user_path(text: str) -> Path:
-    return Path(os.path.expanduser(text))
-
-
-def make_parser() -> argparse.ArgumentParser:
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Train an MLP on MNIST with Dropout and BatchNorm."
+        description="Train an MLP on MNIST with Dropout and BatchNorm.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
-        "--data-dir",
-        metavar="DIR",
-        type=user_path,
-        default=DATA_DIR,
-        help="where MNIST is, or is downloaded to (default: data, beside the script)",
-    )
-    parser.add_argument(
-        "--epochs",
-        metavar="N",
-        type=positive_int,
-        default=EPOCHS,
-        help="passes over the training set (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--batch-size",
-        metavar="N",
-        type=positive_int,
-        default=BATCH_SIZE,
-        help="images per step (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--learning-rate",
-        metavar="X",
-        type=positive_float,
-        default=LEARNING_RATE,
-        help=f"initial learning rate; the final one is {FINAL_LEARNING_RATE} "
-        "(default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seed",
-        metavar="N",
-        type=non_negative_int,
-        default=0,
-        help="random seed (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--max-steps",
-        metavar="N",
-        type=non_negative_int,
-        help="stop after step N of the run (default: after the last epoch)",
-    )
-    parser.add_argument(
-        "--train-examples",
-        metavar="N",
-        type=positive_int,
-        help="train on the first N images only (default: all of them)",
-    )
-    parser.add_argument(
-        "--eval-every",
-        metavar="N",
-        type=positive_int,
-        help="evaluate, and save, every N steps (default: once an epoch)",
-    )
-    parser.add_argument(
-        "--checkpoint",
-        metavar="FILE",
-        type=user_path,
-        help="save to FILE, and resume from it if it exists (default: save nothing)",
-    )
-    return parser
+    add = parser.add_argument
+    add("--data-dir", type=Path, default=DATA_DIR, help="where MNIST is, or will go")
+    add("--epochs", type=count, default=EPOCHS, help="passes over the training set")
+    add("--batch-size", type=count, default=BATCH_SIZE, help="images per step")
+    add("--learning-rate", type=float, default=LEARNING_RATE, help="initial value")
+    add("--seed", type=count, default=0, help="random seed")
+    add("--max-steps", type=count, help="end the run early, after N steps")
+    add("--train-examples", type=count, help="train on the first N images only")
+    add("--eval-every", type=count, help="evaluate every N steps, not every epoch")
+    add("--checkpoint", type=Path, help="save to this file, and resume from it")
+    return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> float:
-    """Train with the options in `argv`; return the test accuracy, from 0 to 1."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-
-    try:
-        device = jax.devices()[0]
-    except (AssertionError, RuntimeError) as error:  # depending on the platform
-        sys.exit(
-            f"error: no device for JAX_PLATFORMS={jax.config.jax_platforms}: {error!r}"
-        )
-
+def main(argv: Sequence[str] | None = None) -> tuple[TrainState, float]:
+    """Train with the options in `argv`; return the state and its test accuracy."""
+    args = parse_args(argv)
     train_set, test_set, data_name = load_mnist(args.data_dir)
-    # train_set is a list; for a Dataset, use torch.utils.data.Subset, not a slice.
-    train_set = train_set[: args.train_examples]
-    if args.batch_size > len(train_set):
-        parser.error(
-            f"argument --batch-size: {args.batch_size} exceeds the "
-            f"{len(train_set)} training images"
-        )
-    if args.batch_size == 1:
-        parser.error("argument --batch-size: BatchNorm needs at least 2 images")
+    # To tune, hold out a part of it: train_set[50_000:] in place of test_set.
+    if args.train_examples is not None:  # a list; for a Dataset, use torch's Subset
+        train_set = train_set[: args.train_examples]
 
-    key = jax.random.key(args.seed)
-    params_key, shuffle_key, dropout_key = jax.random.split(key, 3)
+    init_key, shuffle_key, dropout_key = jax.random.split(jax.random.key(args.seed), 3)
     train_loader = NumpyLoader(
         train_set, shuffle_key, args.batch_size, shuffle=True, drop_last=True
     )
@@ -297,73 +198,61 @@ def main(argv: Sequence[str] | None = None) -> float:
     test_loader = NumpyLoader(test_set, batch_size=EVAL_BATCH_SIZE)
 
     steps_per_epoch = len(train_loader)
+    if steps_per_epoch == 0:
+        sys.exit(f"error: --batch-size exceeds the {len(train_set)} training images")
     total_steps = args.epochs * steps_per_epoch
-    if total_steps >= 2**31:
-        parser.error("argument --epochs: Optax counts steps in 32 bits")
     last_step = total_steps
     if args.max_steps is not None:
         last_step = min(args.max_steps, total_steps)
     eval_every = args.eval_every or steps_per_epoch
 
-    state = create_train_state(params_key, args.learning_rate, total_steps)
+    state = create_train_state(init_key, args.learning_rate, total_steps)
     num_params = sum(p.size for p in jax.tree.leaves(state.params))
-    print(
-        f"data: {data_name}, {len(train_set):,} training and {len(test_set):,} test images"
+    # Only a run with the same description resumes a checkpoint: add what you vary.
+    run = (
+        f"{data_name}, {len(train_set):,} training images, {num_params:,} parameters, "
+        f"epochs {args.epochs}, batch size {args.batch_size}, seed {args.seed}, "
+        f"learning rate {args.learning_rate} to "
+        f"{args.learning_rate * LEARNING_RATE_DECAY:.3g}, "
+        f"dropout {DROPOUT_RATES}"
     )
-    print(f"device: {device.device_kind}")
-    print(f"parameters: {num_params:,}")
-
-    # Only a run with the same description resumes a checkpoint: add what you vary. The
-    # number of epochs is not part of it, so a finished run can be extended.
-    run = {
-        "script": SCRIPT.name,
-        "data": data_name,
-        "number of training images": len(train_set),
-        "number of parameters": num_params,
-        "seed": args.seed,
-        "random number generator": str(jax.random.key_impl(params_key)),
-        "batch size": args.batch_size,
-        "learning rate": args.learning_rate,
-    }
+    print(f"run: {run}\ndevice: {jax.devices()[0].device_kind}")
     if args.checkpoint and args.checkpoint.exists():
         state = load_checkpoint(args.checkpoint, run, state)
         print(f"resuming after step {state.step}")
 
     start = int(state.step)
     batches = train_loader.batches_from(start)
+    losses = []
     for step in range(start + 1, last_step + 1):
         x, y = next(batches)  # NumPy arrays; the jitted step moves them to the device
         state, loss = train_step(state, x, y, dropout_key)
+        losses.append(loss)  # on the device; float() would wait for it here
 
         if step % eval_every == 0 or step == last_step:
-            leaves = jax.tree.leaves((loss, state))
-            if not all(np.isfinite(leaf).all() for leaf in leaves):
+            mean_loss = np.mean(losses)  # since the last evaluation
+            if not np.isfinite(mean_loss):
                 sys.exit(
-                    f"error: diverged at step {step}: lower --learning-rate, or check for "
-                    "labels that the model has no output for"
+                    f"error: the loss is {mean_loss} by step {step}: lower "
+                    "--learning-rate, or look for labels outside the model's classes"
                 )
+            losses = []
             epoch = (step - 1) // steps_per_epoch + 1
             train_accuracy = eval_model(state, train_eval_loader)
             test_accuracy = eval_model(state, test_loader)
             print(
-                f"epoch {epoch}  step {step}  loss {loss:.4f}  "
-                f"train accuracy {train_accuracy:.2%}  test accuracy {test_accuracy:.2%}",
+                f"epoch {epoch}  step {step}  loss {mean_loss:.4f}  "
+                f"train accuracy {train_accuracy:.2%}  "
+                f"test accuracy {test_accuracy:.2%}",
                 flush=True,
             )
             if args.checkpoint:
                 save_checkpoint(args.checkpoint, run, state)
 
-    test_accuracy = eval_model(state, test_loader)
+    test_accuracy = eval_model(state, test_loader)  # even if there was no step to take
     print(f"final test accuracy: {test_accuracy:.2%} ({data_name})")
-    return test_accuracy
+    return state, test_accuracy
 
 
-if __name__ == "__main__" and "__file__" not in globals():
-    main([])  # pasted into a notebook, where sys.argv holds the options of Jupyter
-elif __name__ == "__main__":
-    # Ctrl-C stops the process at once, even during XLA's compilation.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        main()
-    except DataError as error:
-        sys.exit(f"error: {error} (see --data-dir)")
+if __name__ == "__main__":
+    main()
