@@ -152,7 +152,8 @@ def main(argv: Sequence[str] | None = None) -> tuple[TrainState, float]:
     """Train with the options in `argv`; return the state and its test accuracy."""
     args = parse_args(argv)
     train_set, test_set, data_name = load_mnist(args.data_dir)
-    # To tune, hold out a part of it: train_set[50_000:] in place of test_set.
+
+    # To tune, hold out training images: train_set[50_000:] in place of test_set.
     if args.train_examples is not None:  # a list; for a Dataset, use torch's Subset
         train_set = train_set[: args.train_examples]
 
@@ -177,21 +178,24 @@ def main(argv: Sequence[str] | None = None) -> tuple[TrainState, float]:
     num_params = sum(p.size for p in jax.tree.leaves(state.params))
     # Only a run with the same description resumes a checkpoint: add what you vary.
     run = (
-        f"{data_name}, {len(train_set):,} training images, {num_params:,} parameters, "
+        f"{data_name}, {len(train_set):,} training images, "
+        f"{num_params:,} parameters, "
         f"epochs {args.epochs}, batch size {args.batch_size}, seed {args.seed}, "
         f"learning rate {args.learning_rate} to "
         f"{args.learning_rate * LEARNING_RATE_DECAY:.3g}"
     )
-    print(f"run: {run}\ndevice: {jax.devices()[0].device_kind}")
+    print(f"run: {run}")
+    print(f"device: {jax.devices()[0].device_kind}")
     if args.checkpoint and args.checkpoint.exists():
         state = load_checkpoint(args.checkpoint, run, state)
         print(f"resuming after step {state.step}")
 
     start = int(state.step)
+    # Batches are NumPy arrays; the jitted train_step moves them to the device.
     batches = train_loader.batches_from(start)
     losses = []
     for step in range(start + 1, last_step + 1):
-        x, y = next(batches)  # NumPy arrays; the jitted step moves them to the device
+        x, y = next(batches)
         state, loss = train_step(state, x, y)
         losses.append(loss)  # on the device; float() would wait for it here
 
@@ -212,6 +216,7 @@ def main(argv: Sequence[str] | None = None) -> tuple[TrainState, float]:
                 f"test accuracy {test_accuracy:.2%}",
                 flush=True,
             )
+
             if args.checkpoint:
                 save_checkpoint(args.checkpoint, run, state)
 

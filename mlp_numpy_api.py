@@ -135,7 +135,8 @@ def main(argv: Sequence[str] | None = None) -> tuple[Params, float]:
     """Train with the options in `argv`; return the parameters and the test accuracy."""
     args = parse_args(argv)
     train_set, test_set, data_name = load_mnist(args.data_dir)
-    # To tune, hold out a part of it: train_set[50_000:] in place of test_set.
+
+    # To tune, hold out training images: train_set[50_000:] in place of test_set.
     if args.train_examples is not None:  # a list; for a Dataset, use torch's Subset
         train_set = train_set[: args.train_examples]
 
@@ -159,17 +160,20 @@ def main(argv: Sequence[str] | None = None) -> tuple[Params, float]:
     params = init_network_params(LAYER_SIZES, init_key)
     num_params = sum(p.size for p in jax.tree.leaves(params))
     run = (
-        f"{data_name}, {len(train_set):,} training images, {num_params:,} parameters, "
+        f"{data_name}, {len(train_set):,} training images, "
+        f"{num_params:,} parameters, "
         f"epochs {args.epochs}, batch size {args.batch_size}, seed {args.seed}, "
         f"learning rate {args.learning_rate} to "
         f"{args.learning_rate * LEARNING_RATE_DECAY:.3g}"
     )
-    print(f"run: {run}\ndevice: {jax.devices()[0].device_kind}")
+    print(f"run: {run}")
+    print(f"device: {jax.devices()[0].device_kind}")
 
+    # Batches are NumPy arrays; the jitted sgd_update moves them to the device.
     batches = train_loader.batches_from(step=0)
     losses = []
     for step in range(1, last_step + 1):
-        x, y = next(batches)  # NumPy arrays; the jitted step moves them to the device
+        x, y = next(batches)
         lr = learning_rate_at(step - 1, args.learning_rate, total_steps)
         params, batch_loss = sgd_update(params, x, y, lr)
         losses.append(batch_loss)  # on the device; float() would wait for it here

@@ -1,70 +1,59 @@
-"""Remake the diffs after a change of mlp_flax.py: python recipes/update.py
+"""Make the recipes fit a changed mlp_flax.py, before the change is committed.
 
-The "index" line of a diff names the version of the script that it was made for. Git still
-has that version, so its change can be merged into the script as it is now.
+    python recipes/update.py
 
-A new recipe: edit mlp_flax.py, write what it is for and the output of `git diff` to
-recipes/NAME.diff, restore mlp_flax.py, and run this.
+Each diff fits the script as last committed, which Git still has. So its change can be
+merged with yours. A new recipe: edit mlp_flax.py, write what the change is for and the
+output of `git diff -U1 mlp_flax.py` to recipes/NAME.diff, without its line "index ...",
+and restore mlp_flax.py.
 """
 
 import re
 import subprocess
 import sys
-from difflib import unified_diff
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 RECIPES = Path(__file__).resolve().parent
-ROOT = RECIPES.parent
+SCRIPT = RECIPES.with_name("mlp_flax.py")
 
 
-def git(*arguments: str | Path, directory: Path = ROOT) -> str:
+def git(directory: Path, *arguments: str) -> str:
     """Return the output of a git command."""
-    command = ["git", *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=directory, check=True, capture_output=True, encoding="utf-8"
-    ).stdout
+    command = ["git", *arguments]
+    done = subprocess.run(command, cwd=directory, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr}{done.stdout}")
+    return done.stdout
 
 
-def remake(text: str) -> str:
-    """Return a recipe with its change moved to the present script."""
-    introduction = text.partition("diff --git")[0]
-    script = re.search(r"^--- a/(.+)$", text, re.MULTILINE)[1]
-    old_version = re.search(r"^index (\w+)", text, re.MULTILINE)[1]
-    current = ROOT / script
+def remake(recipe: Path, old_script: str) -> str:
+    """Return the text of a recipe with its change moved to the present script."""
+    introduction = recipe.read_text().partition("diff --git")[0]
+    with TemporaryDirectory() as scratch:
+        repository = Path(scratch)
+        script, edited = repository / "mlp_flax.py", repository / "edited.py"
+        script.write_text(old_script)
+        git(repository, "init", "--quiet")
+        git(repository, "apply", str(recipe))
+        edited.write_text(script.read_text())
 
-    with TemporaryDirectory() as directory:
-        old, edited = Path(directory, "old.py"), Path(directory, script)
-        recipe = Path(directory, "recipe.diff")
-        old.write_text(git("cat-file", "blob", old_version), encoding="utf-8")
-        edited.write_text(old.read_text(encoding="utf-8"), encoding="utf-8")
-        recipe.write_text(text, encoding="utf-8")
-        git("apply", recipe, directory=Path(directory))
-        merged = git("merge-file", "-p", current, old, edited)
-        edited.write_text(merged, encoding="utf-8")
-        new_version = git("hash-object", edited)[:10]
-
-    lines = unified_diff(
-        current.read_text(encoding="utf-8").splitlines(keepends=True),
-        merged.splitlines(keepends=True),
-        f"a/{script}",
-        f"b/{script}",
-        n=1,
-    )
-    version = git("hash-object", "-w", current)[:10]  # -w: git can find it next time
-    head = f"diff --git a/{script} b/{script}\nindex {version}..{new_version} 100644\n"
-    return introduction + head + "".join(lines)
+        (repository / "old.py").write_text(old_script)
+        script.write_text(SCRIPT.read_text())
+        git(repository, "add", "mlp_flax.py")
+        git(repository, "merge-file", "mlp_flax.py", "old.py", "edited.py")
+        diff = git(repository, "diff", "-U1", "mlp_flax.py")
+    return introduction + re.sub(r"^index .*\n", "", diff, count=1, flags=re.MULTILINE)
 
 
 def main() -> None:
     failed = False
-    for path in sorted(RECIPES.glob("*.diff")):
+    old_script = git(RECIPES, "show", "HEAD:./../mlp_flax.py")
+    for recipe in sorted(RECIPES.glob("*.diff")):
         try:
-            path.write_text(remake(path.read_text(encoding="utf-8")), encoding="utf-8")
-        except subprocess.CalledProcessError as error:
-            print(
-                f"{path.name}: {' '.join(error.cmd)}: {error.stderr}", file=sys.stderr
-            )
+            recipe.write_text(remake(recipe, old_script))
+        except RuntimeError as error:
+            print(f"{recipe.name} stays as it was: {error}", file=sys.stderr)
             failed = True
     sys.exit(failed)
 

@@ -1,5 +1,6 @@
 import functools
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -13,7 +14,19 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import pytest
-from helpers import STAGE_1, STAGE_2, STAGE_3, TWENTY_STEPS, draw, run, write_mnist
+from helpers import (
+    ROOT,
+    STAGE_1,
+    STAGE_2,
+    STAGE_3,
+    TWENTY_STEPS,
+    apply,
+    draw,
+    import_file,
+    run,
+    write_mnist,
+)
+from torchvision.datasets import MNIST
 
 import common
 
@@ -38,6 +51,13 @@ def real_mnist():
     if "MNIST_DIR" not in os.environ:
         pytest.skip("MNIST_DIR does not name a directory with MNIST")
     return Path(os.environ["MNIST_DIR"])
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """No mirror of MNIST answers: port 9 is the discard service, which nobody runs."""
+    monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:9/"])
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
 @pytest.fixture(params=[STAGE_1, STAGE_2, STAGE_3], ids=lambda script: script.__name__)
@@ -73,3 +93,30 @@ def whole_run(small_mnist, checkpoints):
         return run(script, small_mnist, *options, record=True)
 
     return run_once
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    """A function that applies recipes to copies, and returns mlp_flax.py as a module.
+
+    The copies are in `tmp_path`, which is the current directory. The module is
+    `mlp_recipe`, and importable from there, as worker processes need it.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def apply_and_import(*names):
+        for file in ("common.py", "mlp_flax.py"):
+            shutil.copy(ROOT / file, tmp_path)
+        apply(tmp_path, *names)
+        shutil.copy("mlp_flax.py", "mlp_recipe.py")
+        return import_file("mlp_recipe.py", "mlp_recipe")
+
+    return apply_and_import
+
+
+@pytest.fixture(scope="session")
+def plain(small_mnist):
+    """40 steps of mlp_flax.py without a recipe, recorded, evaluated every 5."""
+    options = ["--epochs", 4, "--batch-size", 64, "--eval-every", 5]
+    return run(STAGE_2, small_mnist, *options, record=True)

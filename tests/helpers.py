@@ -1,8 +1,12 @@
-"""What several tests need: MNIST files of any content, and the run of a script."""
+"""What several tests need: data, a run of a script, a copy of it with recipes."""
 
 import contextlib
+import importlib.util
 import io
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,12 +18,16 @@ import mlp_flax
 import mlp_flax_bn_dropout
 import mlp_numpy_api
 
+ROOT = Path(__file__).parents[1]
 STAGE_1, STAGE_2, STAGE_3 = mlp_numpy_api, mlp_flax, mlp_flax_bn_dropout
 TWENTY_STEPS = "--epochs 2 --batch-size 64 --seed 3 --learning-rate 0.01".split()
 LINE = re.compile(
     r"epoch (?P<epoch>\d+)  step (?P<step>\d+)  loss (?P<loss>\d+\.\d{4})  "
     r"train accuracy (?P<train>\d+\.\d\d)%  test accuracy (?P<test>\d+\.\d\d)%"
 )
+
+
+# Data.
 
 
 def draw(n, seed):
@@ -43,6 +51,9 @@ def write_mnist(data_dir, train, test):
         (raw / f"{split}-labels-idx1-ubyte").write_bytes(idx(labels))
 
 
+# Arrays.
+
+
 def leaves(tree):
     """Copies of the arrays of a pytree."""
     return [np.array(leaf) for leaf in jax.tree.leaves(tree)]
@@ -57,6 +68,9 @@ def assert_close(a, b, rtol=1e-5, atol=1e-6):
         np.testing.assert_allclose(x, y, rtol=rtol, atol=atol)
 
 
+# Runs.
+
+
 class Step(NamedTuple):
     """A call of sgd_update or train_step."""
 
@@ -64,39 +78,61 @@ class Step(NamedTuple):
     x: np.ndarray
     y: np.ndarray
     rest: tuple  # the learning rate in stage 1, the dropout key in stage 3
+    loss: float
 
 
 class Run(NamedTuple):
-    accuracy: float  # what main returned
+    state: Any  # what main returned: the state, in stage 1 the parameters,
+    accuracy: float  # and the test accuracy
     lines: list[str]  # of stdout
     log: list[dict[str, str]]  # the lines of evaluations, see LINE
-    state: Any  # the parameters or the state that was evaluated last
     steps: list[Step]  # if the run was recorded
 
 
 def run(script, data_dir, *options, record=False):
     """Call the main of a script, given as a module."""
-    states, steps = [], []
-
-    def evaluate(state, loader):
-        states.append(state)
-        return real_evaluate(state, loader)
+    name = "sgd_update" if hasattr(script, "sgd_update") else "train_step"
+    real_step, steps = getattr(script, name), []
 
     def step(state, x, y, *rest):
-        steps.append(Step(leaves(state), x, y, rest))
-        return real_step(state, x, y, *rest)
+        before = leaves(state)
+        state, loss = real_step(state, x, y, *rest)
+        steps.append(Step(before, x, y, rest, float(loss)))
+        return state, loss
 
-    is_stage_1 = script is STAGE_1
-    evaluate_name = "accuracy" if is_stage_1 else "eval_model"
-    step_name = "sgd_update" if is_stage_1 else "train_step"
-    real_evaluate = getattr(script, evaluate_name)
-    real_step = getattr(script, step_name)
     out = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
-        patch.setattr(script, evaluate_name, evaluate)
         if record:
-            patch.setattr(script, step_name, step)
-        accuracy = script.main(["--data-dir", str(data_dir), *map(str, options)])
+            patch.setattr(script, name, step)
+        argv = ["--data-dir", str(data_dir), *map(str, options)]
+        state, accuracy = script.main(argv)
     lines = out.getvalue().splitlines()
     log = [match.groupdict() for match in map(LINE.fullmatch, lines) if match]
-    return Run(accuracy, lines, log, states[-1], steps)
+    return Run(state, accuracy, lines, log, steps)
+
+
+def start(*command, **options):
+    """Start Python with a script and its options; stdout and stderr are pipes."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, *map(str, command)]
+    return subprocess.Popen(command, **pipes, **options)
+
+
+def import_file(path, name):
+    """Import a file as the module `name`, afresh if that was imported before."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def apply(directory, *names):
+    """Apply recipes to the copy of mlp_flax.py in `directory`, as README says."""
+    for name in names:
+        diff = ROOT / "recipes" / f"{name}.diff"
+        with diff.open() as file:
+            patch = ["patch", "-F0", "-p1", "--no-backup-if-mismatch"]
+            done = subprocess.run(
+                patch, cwd=directory, stdin=file, capture_output=True, text=True
+            )
+        assert done.returncode == 0, f"{name} does not apply: {done.stdout}"
