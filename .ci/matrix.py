@@ -2,8 +2,9 @@
 
     pip install uv && python .ci/matrix.py
 
-prints a table, a row for each Python and each end of the bounds. All other arguments, such
-as `-k loader`, are passed on to pytest. uv finds the Pythons, or downloads them.
+prints a table, a row for each Python and each end of the bounds. All other arguments,
+such as `-k loader`, are passed on to pytest. uv finds the Pythons, or downloads them;
+`--python` takes versions or paths.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ["jax", "flax", "optax", "torch", "torchvision", "numpy"]
+PYTHONS = ["3.10", "3.11", "3.12", "3.13", "3.14"]
 PRINT_VERSIONS = f"""
 import platform
 from importlib.metadata import version
@@ -24,20 +26,21 @@ def run(python: str, resolution: str, *args: str) -> subprocess.CompletedProcess
     """Run Python with `args` in an environment of its own; keep what it prints."""
     uv = [sys.executable, "-m", "uv", "run", "--isolated", "--no-project"]
     options = ["--python", python, "--resolution", resolution]
-    command = [*uv, *options, "--with-requirements", "requirements.txt", "python"]
+    requirements = ["--with-requirements", "requirements.txt"]
+    if resolution == "lowest-direct":
+        requirements += ["--with-requirements", ".ci/lowest.txt"]
+    command = [*uv, *options, *requirements, "python", *args]
     return subprocess.run(
-        [*command, *args], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False
+        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False
     )
 
 
 parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-parser.add_argument(
-    "--python", nargs="+", default=["3.10", "3.11", "3.12", "3.13", "3.14"]
-)
+parser.add_argument("--python", nargs="+", default=PYTHONS)
 parser.add_argument("--resolution", nargs="+", default=["lowest-direct", "highest"])
 args, pytest_args = parser.parse_known_args()
 
-all_passed = True
+failed = False
 print("| releases | Python |", " | ".join(PACKAGES), "| tests |")
 print("| --- " * (len(PACKAGES) + 3) + "|", flush=True)
 for resolution in args.resolution:
@@ -45,7 +48,7 @@ for resolution in args.resolution:
         versions = run(python, resolution, "-c", PRINT_VERSIONS)
         if versions.returncode != 0:  # uv has said why
             cells = [python, *["?"] * len(PACKAGES), "not installed"]
-            all_passed = False
+            failed = True
         else:
             tests = run(python, resolution, "-m", "pytest", *pytest_args)
             lines = tests.stdout.splitlines() or ["no output"]
@@ -53,6 +56,6 @@ for resolution in args.resolution:
             cells = [*versions.stdout.split(), summary]
             if tests.returncode != 0:
                 print(tests.stdout, file=sys.stderr)
-                all_passed = False
+                failed = True
         print("|", " | ".join([resolution, *cells]), "|", flush=True)
-sys.exit(not all_passed)
+sys.exit(failed)

@@ -2,10 +2,10 @@
 
     python recipes/update.py
 
-Each diff fits the script as last committed, which Git still has. So its change can be
+Each diff fits the script as last committed, which Git still has, so its change can be
 merged with yours. A new recipe: edit mlp_flax.py, write what the change is for and the
-output of `git diff -U1 mlp_flax.py` to recipes/NAME.diff, without its line "index ...",
-and restore mlp_flax.py.
+output of `git diff -U1 mlp_flax.py`, without its line "index ...", to
+recipes/NAME.diff, and restore mlp_flax.py.
 """
 
 import re
@@ -20,40 +20,51 @@ SCRIPT = RECIPES.with_name("mlp_flax.py")
 
 def git(directory: Path, *arguments: str) -> str:
     """Return the output of a git command."""
-    command = ["git", *arguments]
-    done = subprocess.run(command, cwd=directory, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)}: {done.stderr}{done.stdout}")
-    return done.stdout
+    return subprocess.run(
+        ["git", *arguments], cwd=directory, check=True, capture_output=True, text=True
+    ).stdout
 
 
 def remake(recipe: Path, old_script: str) -> str:
-    """Return the text of a recipe with its change moved to the present script."""
+    """Return the text of a recipe, with its change made to the present script."""
     introduction = recipe.read_text().partition("diff --git")[0]
     with TemporaryDirectory() as scratch:
-        repository = Path(scratch)
-        script, edited = repository / "mlp_flax.py", repository / "edited.py"
-        script.write_text(old_script)
-        git(repository, "init", "--quiet")
-        git(repository, "apply", str(recipe))
-        edited.write_text(script.read_text())
+        directory = Path(scratch)
+        script = directory / "mlp_flax.py"
+        git(directory, "init", "--quiet")
 
-        (repository / "old.py").write_text(old_script)
+        script.write_text(old_script)
+        git(directory, "apply", str(recipe))
+        (directory / "with_recipe.py").write_text(script.read_text())
+        (directory / "old.py").write_text(old_script)
+
         script.write_text(SCRIPT.read_text())
-        git(repository, "add", "mlp_flax.py")
-        git(repository, "merge-file", "mlp_flax.py", "old.py", "edited.py")
-        diff = git(repository, "diff", "-U1", "mlp_flax.py")
-    return introduction + re.sub(r"^index .*\n", "", diff, count=1, flags=re.MULTILINE)
+        git(directory, "add", "mlp_flax.py")
+        merged = git(
+            directory, "merge-file", "-p", "mlp_flax.py", "old.py", "with_recipe.py"
+        )
+        script.write_text(merged)
+        diff = git(directory, "diff", "-U1", "mlp_flax.py")
+    return introduction + re.sub("^index .*\n", "", diff, count=1, flags=re.MULTILINE)
+
+
+def explain(error: subprocess.CalledProcessError) -> str:
+    """Return the lines at which two changes meet, or what git said."""
+    conflict = re.search("<<<<<<< .*?\n>>>>>>> .*?\n", error.stdout, re.DOTALL)
+    return conflict[0] if conflict else error.stderr
 
 
 def main() -> None:
     failed = False
-    old_script = git(RECIPES, "show", "HEAD:./../mlp_flax.py")
+    try:
+        old_script = git(SCRIPT.parent, "show", "HEAD:./mlp_flax.py")
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"error: Git does not have the committed mlp_flax.py: {error.stderr}")
     for recipe in sorted(RECIPES.glob("*.diff")):
         try:
             recipe.write_text(remake(recipe, old_script))
-        except RuntimeError as error:
-            print(f"{recipe.name} stays as it was: {error}", file=sys.stderr)
+        except subprocess.CalledProcessError as error:
+            print(f"{recipe.name} stays as it was: {explain(error)}", file=sys.stderr)
             failed = True
     sys.exit(failed)
 
