@@ -1,106 +1,84 @@
-"""README.md and README.zh-CN.md: what they tell people to type or to open is real."""
+"""README.md and README.zh-CN.md: their snippets run, and what they name exists."""
 
-import importlib.util
 import re
+import runpy
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import STAGE_1, STAGE_2, STAGE_3, draw, run
-from PIL import Image
+from helpers import ROOT, STAGE_2, import_file, run
 
 import common
 
-ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "README.zh-CN.md"]
-README, CHINESE = (ROOT.joinpath(page).read_text(encoding="utf-8") for page in PAGES)
-DEFINITIONS, PREDICT = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-both = pytest.mark.parametrize("text", [README, CHINESE], ids=PAGES)
+TEXTS = {
+    page: (ROOT / page).read_text("utf-8") for page in ("README.md", "README.zh-CN.md")
+}
+SNIPPETS = [
+    pytest.param(snippet, id=f"{page}-{i}")
+    for page, text in TEXTS.items()
+    for i, snippet in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    if "def load_data" not in snippet  # which belongs into a script, see below
+]
+pages = pytest.mark.parametrize("page", TEXTS)
 
 
-@both
-def test_files_and_links_exist(text):
+@pages
+def test_files_options_and_recipes_exist(page):
+    text = TEXTS[page]
     names = re.findall(r"(?:[\w./-]+/)?[\w.-]+\.(?:py|diff|md|txt|png)\b", text)
     names += re.findall(r"\]\((?!http|#)([^)]+)\)", text)
-    assert {name for name in names if not (ROOT / name).exists()} <= {"digit.png"}
-    for anchor in re.findall(r"\]\(#([^)]+)\)", text):
-        assert f"\n## {anchor.replace('-', ' ')}\n" in text.lower()
-    recipes = {path.stem for path in ROOT.glob("recipes/*.diff")}
-    assert set(re.findall(r"recipes/([\w-]+)\.diff", text)) == recipes
+    mine = {"train.py", "path/to/recipes/cnn.diff", "recipes/NAME.diff"}
+    assert {name for name in names if not (ROOT / name).exists()} <= mine
+    anchors = re.findall(r"\]\(#([^)]+)\)", text)
+    headings = [line.lower().replace(" ", "-") for line in text.splitlines()]
+    assert set(anchors) <= {line.removeprefix("##-") for line in headings}
+
+    options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
+    ours = re.findall(r"--[a-z][a-z-]+", Path(STAGE_2.__file__).read_text())
+    assert options <= {*ours, "--no-project", "--with-requirements"}  # these are uv's
 
 
-@both
-def test_options_exist(text):
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
-    options = set(re.findall(r"--[a-z-]+", STAGE_2.make_parser().format_help()))
-    of_uv = {"--no-project", "--with-requirements"}
-    assert named <= options | of_uv
-    if text is README:
-        assert options - {"--help"} <= named
-
-
-@both
-def test_names_of_the_article_exist(text):
-    """In a cell such as "stage 1: `one_hot`, `loss`", with either kind of colon."""
-    files = {"1": STAGE_1, "2": STAGE_2, "3": STAGE_3, "`common.py`": common}
-    cell = r"(?:stage (\d)|(`common\.py`))(?:: |：)((?:`\w+`(?:, |、)?)+)"
-    cells = re.findall(cell, text)
-    assert len(cells) >= 4
-    for stage, other, names in cells:
-        for name in re.findall(r"\w+", names):
-            assert hasattr(files[stage or other], name), name
-
-
-def test_own_project(tmp_path, monkeypatch):
-    """The block and the table of its section, with the images that it describes."""
-    text = Path(STAGE_2.__file__).read_text()
+@pages
+def test_own_project(page, tmp_path, monkeypatch):
+    """The definitions and the replacements of the page, with the data it describes."""
+    definitions = re.findall(r"```python\n(class CNN.*?)```", TEXTS[page], re.DOTALL)
+    after = TEXTS[page].partition("def load_data")[2].partition("\n## ")[0]
+    replacements = re.findall(r"^\| `(.+)` \| `(.+)` \|$", after, re.MULTILINE)
+    assert len(definitions) == 1 and replacements
+    script = Path(STAGE_2.__file__).read_text()
+    for old, new in replacements:
+        assert script.count(old) == 1
+        script = script.replace(old, new)
     place = "def create_train_state("
-    text = text.replace(place, f"{DEFINITIONS}\n\n{place}")
-    section = README.partition("## Start your own project")[2].partition("\n## ")[0]
-    table = re.findall(r"^\| `(.+)` \| `(.+)` \|$", section, re.MULTILINE)
-    assert len(table) == 3
-    for old, new in table:
-        assert text.count(old) == 1
-        text = text.replace(old, new)
+    script = script.replace(place, f"{definitions[0]}\n\n{place}")
 
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     labels = rng.integers(4, size=1000)
     images = rng.integers(128, size=(1000, 32, 32, 3), dtype=np.uint8)
-    for image, label in zip(images, labels):
+    for image, label in zip(images, labels, strict=True):
         row, column = divmod(label, 2)  # a quarter of the image is greener
         image[16 * row : 16 * row + 16, 16 * column : 16 * column + 16, 1] += 60
     np.save("images.npy", images)
     np.save("labels.npy", labels)
-    Path("mine.py").write_text(text)
-    spec = importlib.util.spec_from_file_location("mlp_mine", "mine.py")
-    mine = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(mine)
-    result = run(mine, "unused", "--epochs", 2)
-    assert result.lines[0] == "data: my images, 800 training and 200 test images"
+    Path("mine.py").write_text(script)
+    result = run(import_file("mine.py", "mlp_mine"), "unused", "--epochs", 2)
+    assert result.lines[0].startswith("run: my images, 800 training images")
     assert result.accuracy > 0.8
 
 
-def test_predict(
-    flax_script, whole_run, checkpoints, small_mnist, tmp_path, monkeypatch, capsys
+@pytest.mark.parametrize("snippet", SNIPPETS)
+def test_snippet_runs(
+    snippet, whole_run, checkpoints, small_mnist, tmp_path, monkeypatch, capsys
 ):
-    state, name = whole_run(flax_script).state, flax_script.__name__
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(STAGE_2, "DATA_DIR", small_mnist)
     shutil.copytree(small_mnist, "data")
-    shutil.copy(checkpoints / name, "run.msgpack")
-    images, labels = draw(300, seed=3)
-    picture = Image.fromarray(images[7]).resize((56, 56))
-    picture.convert("RGB").save("digit.png")
-
-    program = PREDICT
-    if flax_script is STAGE_3:  # the README says what to change
-        program = program.replace("from mlp_flax import", f"from {name} import")
-        params = '"params": state["params"]}, x'
-        with_stats = '"params": state["params"], "batch_stats": state["batch_stats"]}'
-        program = program.replace(params, f"{with_stats}, x, train=False")
-    exec(program, {})  # noqa: S102
-    seen = np.stack([picture.resize((28, 28)), images[0]])
-    guesses = flax_script.apply_model(state, common.FlattenAndCast()(seen))
-    expected = f"picture: {guesses[0]}\na {labels[0]}: {guesses[1]}\n"
-    assert capsys.readouterr().out == expected
+    state = whole_run(STAGE_2).state
+    shutil.copy(checkpoints / STAGE_2.__name__, "run.msgpack")
+    Path("snippet.py").write_text(snippet)
+    runpy.run_path("snippet.py")
+    if "run.msgpack" in snippet:
+        images, _ = common.numpy_collate(common.load_mnist("data")[1][:8])
+        assert str(STAGE_2.apply_model(state, images)) in capsys.readouterr().out
