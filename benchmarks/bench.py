@@ -16,39 +16,28 @@ sys.path.insert(0, str(ROOT))
 import mlp_flax
 import mlp_flax_bn_dropout
 import mlp_numpy_api
-from common import Pairs, load_mnist
+from common import DATA_DIR
 
 SCRIPTS = {1: mlp_numpy_api, 2: mlp_flax, 3: mlp_flax_bn_dropout}
 
 
-def setup(doc: str, count: str) -> tuple[argparse.Namespace, Pairs]:
-    """Return the options and the training set; exit if it is not MNIST."""
+def parse_args(doc: str, **counts: int) -> argparse.Namespace:
+    """Parse --data-dir, and an option for each keyword, with its default."""
     parser = argparse.ArgumentParser(description=doc)
-    parser.add_argument("--data-dir", required=True)
-    parser.add_argument(count, type=int, default=5)
-    args = parser.parse_args()
-    train_set, _, data_name = load_mnist(args.data_dir)
-    if data_name != "MNIST":
-        parser.error(f"argument --data-dir: no MNIST in {args.data_dir}")
-    return args, train_set
+    parser.add_argument("--data-dir", default=DATA_DIR)
+    for name, default in counts.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+    return parser.parse_args()
 
 
-def shuffled(permutation: Callable, batch_size: int, x: Any, y: Any) -> Iterator[tuple]:
-    """Yield batches of arrays or tensors, shuffled by a function such as randperm."""
-    order = permutation(len(x))
-    for start in range(0, len(x) - batch_size + 1, batch_size):
-        indices = order[start : start + batch_size]
-        yield x[indices], y[indices]
-
-
-def keep(state: Any, x: Any, y: Any) -> Any:
+def only_load(state: Any, x: Any, y: Any) -> Any:
     return state
 
 
 def epochs(
-    make_batches: Callable[[], Iterable], state: Any = None, step: Callable = keep
+    make_batches: Callable[[], Iterable], state: Any = None, step: Callable = only_load
 ) -> Iterator[None]:
-    """Take a step on each batch of an epoch at each `next`; by default, only load them."""
+    """Train for an epoch at each `next`; by default, only load its batches."""
     while True:
         for x, y in make_batches():
             state = step(state, x, y)
@@ -56,12 +45,19 @@ def epochs(
         yield
 
 
-def compare(
-    title: str, candidates: dict[str, Iterator[None]], rounds: int
-) -> dict[str, np.ndarray]:
-    """Time an epoch of each candidate in each round, print a table, return the seconds.
+def shuffled(permutation: Callable, batch_size: int, x: Any, y: Any) -> Iterator[tuple]:
+    """Yield batches of arrays or tensors, shuffled by a function such as randperm."""
+    for indices in permutation(len(x)).reshape(-1, batch_size):
+        yield x[indices], y[indices]
 
-    An epoch beforehand compiles and does not count.
+
+def compare(
+    title: str, candidates: dict[str, Iterator[None]], rounds: int, images: int
+) -> dict[str, np.ndarray]:
+    """Time an epoch of each candidate in each round, print a table, return the times.
+
+    Times are in seconds for 60,000 images, from epochs of fewer. An epoch beforehand
+    compiles and does not count.
     """
     for candidate in candidates.values():
         next(candidate)
@@ -70,19 +66,24 @@ def compare(
         for name, candidate in candidates.items():
             start = time.perf_counter()
             next(candidate)
-            seconds[name][i] = time.perf_counter() - start
+            seconds[name][i] = (time.perf_counter() - start) * 60_000 / images
 
     first_row = next(iter(seconds.values()))
-    rows = []
-    for name, values in seconds.items():
-        ratio = np.median(values / first_row)
-        rows.append([name, median_and_range(values), f"{ratio:.2f}"])
-    print_table([title, "seconds", "ratio to the first row"], rows)
+    rows = [
+        [name, two_digits(s.min()), two_digits(np.median(s)), quartiles(s / first_row)]
+        for name, s in seconds.items()
+    ]
+    print_table([title, "minimum", "median", "ratio to the first row"], rows)
     return seconds
 
 
-def median_and_range(values: np.ndarray) -> str:
-    return f"{np.median(values):.3f} ({values.min():.3f} to {values.max():.3f})"
+def two_digits(seconds: float) -> str:
+    return f"{float(f'{seconds:.2g}'):g}"  # 110, not 1.1e+02
+
+
+def quartiles(ratios: np.ndarray) -> str:
+    lower, median, upper = np.percentile(ratios, [25, 50, 75])
+    return f"{median:.2f} ({lower:.2f} to {upper:.2f})"
 
 
 def print_table(header: list[str], rows: Iterable[list]) -> None:

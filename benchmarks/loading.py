@@ -8,12 +8,11 @@ import jax
 import jax_dataloader
 import numpy as np
 import torch
-from bench import epochs
-from pytorch_mnist import make_train_loader
-from torch.utils.data import DataLoader, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Subset, TensorDataset, default_collate
 from torchvision.datasets import MNIST
+from torchvision.transforms import ToTensor
 
-from common import FlattenAndCast, NumpyLoader
+from common import FlattenAndCast, NumpyLoader, load_mnist, numpy_collate
 
 OPTIONS = {"batch_size": 32, "shuffle": True, "drop_last": True}
 
@@ -31,32 +30,33 @@ def notebook_collate(batch):
 
 
 def main() -> None:
-    args, train_set = bench.setup(__doc__, "--rounds")
-    images = np.stack([image for image, _ in train_set])
-    labels = np.stack([label for _, label in train_set])
+    args = bench.parse_args(__doc__, rounds=10, train_examples=12_800)
+    train_set = load_mnist(args.data_dir)[0][: args.train_examples]
+    n = len(train_set)
+    images, labels = numpy_collate(train_set)
     arrays = jax_dataloader.ArrayDataset(images, labels)
     tensors = TensorDataset(torch.from_numpy(images), torch.from_numpy(labels))
-    mnist = MNIST(args.data_dir, transform=FlattenAndCast())
+    flattened = Subset(MNIST(args.data_dir, transform=FlattenAndCast()), range(n))
+    usual = Subset(MNIST(args.data_dir, transform=ToTensor()), range(n))
 
     loaders = {
         "`NumpyLoader`": NumpyLoader(train_set, jax.random.key(0), **OPTIONS),
-        "jax-dataloader, its own backend": jax_dataloader.DataLoader(
+        "`DataLoader`": DataLoader(train_set, **OPTIONS),
+        "`DataLoader`, `TensorDataset`": DataLoader(tensors, **OPTIONS),
+        "jax-dataloader": jax_dataloader.DataLoader(arrays, "pytorch", **OPTIONS),
+        "Grain": grain_loader(train_set),
+        "JAX's notebook": DataLoader(flattened, collate_fn=notebook_collate, **OPTIONS),
+        "PyTorch, usual way": DataLoader(usual, **OPTIONS),
+        "arrays only: jax-dataloader": jax_dataloader.DataLoader(
             arrays, "jax", **OPTIONS
         ),
-        "jax-dataloader, PyTorch's backend": jax_dataloader.DataLoader(
-            arrays, "pytorch", **OPTIONS
-        ),
-        "`TensorDataset` in a `DataLoader`": DataLoader(tensors, **OPTIONS),
-        "Grain": grain_loader(train_set),
-        "torchvision as in JAX's notebook": DataLoader(
-            mnist, collate_fn=notebook_collate, **OPTIONS
-        ),
-        "torchvision, `ToTensor`": make_train_loader(args.data_dir, 32),
     }
-    candidates = {name: epochs(loader.__iter__) for name, loader in loaders.items()}
+    candidates = {
+        name: bench.epochs(loader.__iter__) for name, loader in loaders.items()
+    }
     by_hand = partial(bench.shuffled, np.random.permutation, 32, images, labels)
-    candidates["NumPy indexing by hand"] = epochs(by_hand)
-    bench.compare("loading an epoch", candidates, args.rounds)
+    candidates["arrays only: NumPy by hand"] = bench.epochs(by_hand)
+    bench.compare("loading", candidates, args.rounds, n)
 
 
 if __name__ == "__main__":

@@ -1,75 +1,84 @@
-"""The yardstick: python benchmarks/pytorch_mnist.py --stage 2 --data-dir DIR"""
+"""The scripts' training in PyTorch: python benchmarks/pytorch_mnist.py --data-dir DIR
 
-import argparse
+It is PyTorch's usual way: torchvision's MNIST with ToTensor, so PIL decodes each image in
+each epoch, in a DataLoader. The settings are those of the scripts.
+"""
 
+from collections.abc import Callable
+
+import bench
 import torch
-from torch import nn, optim
+from torch import Tensor, nn, optim
 from torch.optim.lr_scheduler import ExponentialLR, LinearLR
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import MNIST
 from torchvision.transforms import ToTensor
 
-EPOCHS = 5  # as in the scripts
-# Batch size, initial and final learning rate; training.py checks them against the scripts.
-SETTINGS = {1: (32, 0.3, 0.1), 2: (32, 1e-3, 1e-5), 3: (128, 2e-3, 1e-5)}
 
-
-def make_train_loader(data_dir: str, batch_size: int) -> DataLoader:
-    train_set = MNIST(data_dir, transform=ToTensor())
+def usual_loader(data_dir: str, batch_size: int, images: int = 60_000) -> DataLoader:
+    train_set = Subset(MNIST(data_dir, transform=ToTensor()), range(images))
     return DataLoader(train_set, batch_size, shuffle=True, drop_last=True)
 
 
 def make_model(stage: int) -> nn.Sequential:
+    """Return the network of a stage, for images (B, 784) or (B, 1, 28, 28)."""
+    script = bench.SCRIPTS[stage]
+    *sizes, classes = script.LAYER_SIZES
     layers = [nn.Flatten()]
-    for inputs, dropout_rate in ((784, 0.3), (512, 0.4)):
-        layers += [nn.Linear(inputs, 512), nn.ReLU()]
+    for i in range(len(sizes) - 1):
+        layers += [nn.Linear(sizes[i], sizes[i + 1]), nn.ReLU()]
         if stage == 3:
-            layers += [nn.Dropout(dropout_rate), nn.BatchNorm1d(512)]
-    return nn.Sequential(*layers, nn.Linear(512, 10))
+            layers += [nn.Dropout(script.DROPOUT_RATES[i])]
+            layers += [nn.BatchNorm1d(sizes[i + 1])]
+    return nn.Sequential(*layers, nn.Linear(sizes[-1], classes))
 
 
-def make_training(stage: int, epoch_steps: int, **options) -> tuple:
-    """Return model, optimizer and scheduler; `options` go to the optimizer."""
-    _, initial, final = SETTINGS[stage]
-    model, steps = make_model(stage), EPOCHS * epoch_steps
-    factor = final / initial  # from the first learning rate to the last
+def make_step(
+    stage: int, model: nn.Module, total_steps: int, fused: bool = False
+) -> Callable[[None, Tensor, Tensor], None]:
+    """Return the training step. It has bench.epochs' arguments: no state, x, and y."""
+    script = bench.SCRIPTS[stage]
+    initial, decay = script.LEARNING_RATE, script.LEARNING_RATE_DECAY
     if stage == 1:
-        optimizer = optim.SGD(model.parameters(), initial, **options)
-        return model, optimizer, ExponentialLR(optimizer, factor ** (1 / steps))
-    optimizer = optim.Adam(model.parameters(), initial, **options)
-    return model, optimizer, LinearLR(optimizer, 1, factor, steps)
+        optimizer = optim.SGD(model.parameters(), initial, fused=fused)
+        scheduler = ExponentialLR(optimizer, decay ** (1 / total_steps))
+    else:
+        optimizer = optim.Adam(model.parameters(), initial, fused=fused)
+        scheduler = LinearLR(optimizer, 1, decay, total_steps)
 
-
-def train_epoch(model, optimizer, scheduler, batches):
-    model.train()
-    for x, y in batches:
+    def step(_: None, x: Tensor, y: Tensor) -> None:
         optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model(x), y)
-        loss.backward()
+        nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
         scheduler.step()
-    return loss
+
+    return step
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, dataset: MNIST) -> float:
+def accuracy(model: nn.Module, dataset: Subset | MNIST) -> float:
     model.eval()
     loader = DataLoader(dataset, batch_size=2000)
     return sum((model(x).argmax(1) == y).sum().item() for x, y in loader) / len(dataset)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--stage", type=int, choices=(1, 2, 3), required=True)
-    parser.add_argument("--data-dir", required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+def main() -> None:
+    args = bench.parse_args(__doc__, stage=2, seed=0)
     torch.manual_seed(args.seed)
-    loader = make_train_loader(args.data_dir, SETTINGS[args.stage][0])
+    script = bench.SCRIPTS[args.stage]
+    loader = usual_loader(args.data_dir, script.BATCH_SIZE)
     test_set = MNIST(args.data_dir, train=False, transform=ToTensor())
-    model, *rest = make_training(args.stage, len(loader))
-    for epoch in range(1, EPOCHS + 1):
-        loss = train_epoch(model, *rest, loader)
-        accuracies = accuracy(model, loader.dataset), accuracy(model, test_set)
-        print(epoch, loss.item(), *accuracies, flush=True)
+    model = make_model(args.stage)
+    step = make_step(args.stage, model, script.EPOCHS * len(loader))
+    for epoch in range(1, script.EPOCHS + 1):
+        model.train()
+        for x, y in loader:
+            step(None, x, y)
+        train_accuracy = accuracy(model, loader.dataset)
+        test_accuracy = accuracy(model, test_set)
+        print(f"epoch {epoch}  {train_accuracy:.2%}  {test_accuracy:.2%}", flush=True)
     print(f"final test accuracy: {accuracy(model, test_set):.2%} (MNIST)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,134 +1,138 @@
 """Time an epoch of training: python benchmarks/training.py --data-dir DIR"""
 
-import importlib.util
-import shutil
 import subprocess
+import sys
 from functools import partial
+from importlib import import_module
 from itertools import islice
 from tempfile import TemporaryDirectory
 
 import bench
 import jax
-import numpy as np
 import torch
 from bench import SCRIPTS, epochs
-from pytorch_mnist import SETTINGS, make_train_loader, make_training, train_epoch
+from pytorch_mnist import make_model, make_step, usual_loader
 
-from common import NumpyLoader
+from common import NumpyLoader, load_mnist, numpy_collate
 
-SIZES = [(6_000, 32), (18_000, 32), (60_000, 32), (60_000, 512)]  # images, batch size
+TOTAL_STEPS = 10_000  # of the schedules; how long a step takes does not depend on it
 
 
-def make_loader(train_set, batch_size):
+def make_loader(train_set, batch_size, key):
     """Return the loader that the scripts train with."""
-    key = jax.random.key(0)
     return NumpyLoader(train_set, key, batch_size, shuffle=True, drop_last=True)
 
 
-def start(stage, steps_per_epoch):
+def start(stage, script):
     """Return a script's initial state, and its step: (state, x, y) -> next state."""
-    script = SCRIPTS[stage]
-    total_steps = script.EPOCHS * steps_per_epoch
-    params_key, dropout_key = jax.random.split(jax.random.key(0))
+    init_key, dropout_key = jax.random.split(jax.random.key(0))
 
     def stage_1_step(state, x, y):
         params, i = state
-        lr = script.learning_rate_at(i, script.LEARNING_RATE, total_steps)
-        return script.sgd_update(params, x, y, lr), i + 1
+        lr = script.learning_rate_at(i, script.LEARNING_RATE, TOTAL_STEPS)
+        return script.sgd_update(params, x, y, lr)[0], i + 1
 
     if stage == 1:
-        params = script.init_network_params(script.LAYER_SIZES, params_key)
+        params = script.init_network_params(script.LAYER_SIZES, init_key)
         return (params, 0), stage_1_step
-    state = script.create_train_state(params_key, script.LEARNING_RATE, total_steps)
+    state = script.create_train_state(init_key, script.LEARNING_RATE, TOTAL_STEPS)
     keys = [dropout_key] if stage == 3 else []
     return state, lambda state, x, y: script.train_step(state, x, y, *keys)[0]
 
 
-def pytorch_epochs(stage, steps_per_epoch, make_batches, **options):
-    model, optimizer, scheduler = make_training(stage, steps_per_epoch, **options)
-    while True:
-        train_epoch(model, optimizer, scheduler, make_batches())
-        yield
+def one_scan(stage, batches):
+    """Take a step on each of K batches, in one compiled call, on data on the device."""
+    state, step = start(stage, SCRIPTS[stage])
+    on_device = jax.device_put(numpy_collate(batches))
+
+    @partial(jax.jit, donate_argnums=0)
+    def steps(state, x, y):
+        return jax.lax.scan(lambda s, batch: (step(s, *batch), None), state, (x, y))[0]
+
+    return epochs(lambda: [on_device], state, steps)
 
 
-def stack(batches):
-    """Stack K batches: images (K, B, 784), classes (K, B)."""
-    images, labels = zip(*batches, strict=True)
-    return np.stack(images), np.stack(labels)
+def pytorch_in_memory(stage, images, labels, compile_model=False):
+    model = make_model(stage)
+    if compile_model:
+        model = torch.compile(model)
+    batch_size = SCRIPTS[stage].BATCH_SIZE
+    tensors = partial(bench.shuffled, torch.randperm, batch_size, images, labels)
+    return epochs(tensors, None, make_step(stage, model, TOTAL_STEPS, fused=True))
 
 
-def scan_of(step):
-    """Return a function that takes a step on each batch of a stack, in one call."""
+def recipe(name):
+    """Return mlp_flax.py with a recipe applied, as a module."""
+    with TemporaryDirectory() as scratch:
+        patched = f"{scratch}/{name}_recipe.py"
+        command = ["patch", "-F0", "--silent", f"--output={patched}", "mlp_flax.py"]
+        diff = f"recipes/{name}.diff"
+        subprocess.run([*command, diff], cwd=bench.ROOT, check=True)
+        sys.path.insert(0, scratch)
+        return import_module(f"{name}_recipe")
 
-    def body(state, batch):
-        return step(state, *batch), None
 
-    scan = jax.jit(jax.lax.scan, static_argnums=0, donate_argnums=1)
-    return lambda state, x, y: scan(body, state, (x, y))[0]
-
-
-def scan_recipe_epochs(loader):
-    """Train with recipes/scan.diff, which takes 25 steps in each call."""
-    with TemporaryDirectory() as directory:
-        script = shutil.copy(SCRIPTS[2].__file__, directory)
-        diff = bench.ROOT / "recipes" / "scan.diff"
-        subprocess.run(["git", "apply", diff], cwd=directory, check=True)
-        spec = importlib.util.spec_from_file_location("scan_recipe", script)
-        recipe = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(recipe)
+def scan_recipe(loader):
+    script = recipe("scan")
 
     def stacks():
         batches = iter(loader)
-        while next_batches := list(islice(batches, 25)):
-            yield stack(next_batches)
+        while waiting := list(islice(batches, script.STEPS_PER_CALL)):
+            yield numpy_collate(waiting)
 
-    state, _ = start(2, len(loader))
-    return epochs(stacks, state, lambda *args: recipe.train_steps(*args)[0])
+    state, _ = start(2, script)
+    return epochs(stacks, state, lambda *args: script.train_steps(*args)[0])
 
 
-def compare_stage(stage, train_set, data_dir, rounds):
+def seeds_recipe(train_set):
+    """Train S seeds on 1/S of the images: as many steps as one seed's on all images."""
+    script = recipe("seeds")
+    images = train_set[: len(train_set) // script.NUM_SEEDS]
+    keys = jax.random.split(jax.random.key(0), script.NUM_SEEDS)
+    loaders = [make_loader(images, script.BATCH_SIZE, key) for key in keys]
+    create_states = jax.vmap(script.create_train_state, in_axes=(0, None, None))
+    state = create_states(keys, script.LEARNING_RATE, TOTAL_STEPS)
+
+    def batches():
+        return map(numpy_collate, zip(*loaders, strict=True))
+
+    return epochs(batches, state, lambda *args: script.train_step(*args)[0])
+
+
+def compare_stage(stage, train_set, args):
     script = SCRIPTS[stage]
-    settings = (script.BATCH_SIZE, script.LEARNING_RATE, script.FINAL_LEARNING_RATE)
-    assert SETTINGS[stage] == settings, "pytorch_mnist.py has other settings"
-    loader = make_loader(train_set, script.BATCH_SIZE)
-    n, batches = len(loader), list(loader)
-    on_device = jax.device_put(stack(batches))
-    state, step = start(stage, n)
-    images = torch.from_numpy(np.stack([image for image, _ in train_set]))
-    labels = torch.tensor([int(label) for _, label in train_set])
-    tensors = partial(bench.shuffled, torch.randperm, script.BATCH_SIZE, images, labels)
-    usual_loader = make_train_loader(data_dir, script.BATCH_SIZE)
+    loader = make_loader(train_set, script.BATCH_SIZE, jax.random.key(0))
+    batches = list(loader)
+    images, labels = map(torch.from_numpy, numpy_collate(train_set))
+    tensors = images, labels.long()
+    usual = usual_loader(args.data_dir, script.BATCH_SIZE, len(train_set))
+    usual_step = make_step(stage, make_model(stage), TOTAL_STEPS)
 
     candidates = {
-        "epoch": epochs(loader.__iter__, *start(stage, n)),
+        "epoch": epochs(loader.__iter__, *start(stage, script)),
+        "batches ready": epochs(batches.__iter__, *start(stage, script)),
         "loading alone": epochs(loader.__iter__),
-        "batches ready": epochs(batches.__iter__, *start(stage, n)),
-        "one `lax.scan`": epochs(lambda: [on_device], state, scan_of(step)),
-        "PyTorch, usual": pytorch_epochs(stage, n, usual_loader.__iter__),
-        "PyTorch, fastest": pytorch_epochs(stage, n, tensors, fused=True),
+        "PyTorch in memory": pytorch_in_memory(stage, *tensors),
+        "`torch.compile`": pytorch_in_memory(stage, *tensors, compile_model=True),
+        "PyTorch, usual way": epochs(usual.__iter__, None, usual_step),
+        "one `lax.scan`": one_scan(stage, batches),
     }
     if stage == 2:
-        candidates["`recipes/scan.diff`"] = scan_recipe_epochs(loader)
-    seconds = bench.compare(f"stage {stage}", candidates, rounds)
-    ratios = seconds["epoch"] / seconds["PyTorch, fastest"]
-    print(f"\nstage {stage}, epoch / PyTorch's fastest, each round:", ratios.round(2))
-
-
-def compare_sizes(train_set, rounds):
-    """Show how time depends on the number of images and the batch size."""
-    candidates = {}
-    for n, batch_size in SIZES:
-        loader = make_loader(train_set[:n], batch_size)
-        name = f"{n:,} in batches of {batch_size}"
-        candidates[name] = epochs(loader.__iter__, *start(2, len(loader)))
-    bench.compare("stage 2, images", candidates, rounds)
+        candidates["`scan.diff`"] = scan_recipe(loader)
+        candidates["`nnx.diff`"] = epochs(loader.__iter__, *start(2, recipe("nnx")))
+        candidates["`seeds.diff`, per seed"] = seeds_recipe(train_set)
+    seconds = bench.compare(f"stage {stage}", candidates, args.rounds, len(train_set))
+    if stage == 2:
+        ratios = seconds["`scan.diff`"] / seconds["one `lax.scan`"]
+        print("\n`scan.diff` / one `lax.scan`:", bench.quartiles(ratios))
 
 
 def main() -> None:
-    args, train_set = bench.setup(__doc__, "--rounds")
+    # 12,800 images are whole numbers of batches of 32 and of 128.
+    args = bench.parse_args(__doc__, rounds=25, train_examples=12_800)
+    train_set, _, _ = load_mnist(args.data_dir)
     for stage in SCRIPTS:
-        compare_stage(stage, train_set, args.data_dir, args.rounds)
-    compare_sizes(train_set, args.rounds)
+        compare_stage(stage, train_set[: args.train_examples], args)
 
 
 if __name__ == "__main__":

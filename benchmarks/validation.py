@@ -2,43 +2,41 @@
 
 import contextlib
 import io
+from itertools import product
 
 import bench
 import numpy as np
 
-CANDIDATES = {  # by stage: pairs of initial and final learning rate
-    1: [(initial, 0.03) for initial in (0.1, 0.2, 0.25, 0.3, 0.4)]
-    + [(0.3, 0.01), (0.3, 0.1)],
-    3: [(initial, 1e-5) for initial in (0.001, 0.002, 0.003, 0.005, 0.01)],
+from common import load_mnist
+
+GRID = {  # by stage: initial learning rates, and ratios of the final to the initial one
+    1: ([0.15, 0.3, 0.6], [1 / 9, 1 / 3, 1]),
+    3: ([1e-3, 2e-3, 4e-3], [1 / 2000, 1 / 200, 1 / 20]),
 }
 
 
-def train(script, initial: float, final: float, seed: int) -> float:
+def train(script, initial: float, decay: float, seed: int) -> float:
     """Return the accuracy of a run, in percent."""
-    script.FINAL_LEARNING_RATE = final
+    script.LEARNING_RATE_DECAY = decay
     with contextlib.redirect_stdout(io.StringIO()):
-        return 100 * script.main([f"--seed={seed}", f"--learning-rate={initial}"])
+        _, accuracy = script.main([f"--seed={seed}", f"--learning-rate={initial}"])
+    return 100 * accuracy
 
 
 def main() -> None:
-    args, train_set = bench.setup(__doc__, "--seeds")
-    split = (train_set[:50_000], train_set[50_000:], "MNIST")
-    rows, choices = [], []
-    for stage, candidates in CANDIDATES.items():
+    args = bench.parse_args(__doc__, seeds=5)
+    train_set, _, _ = load_mnist(args.data_dir)
+    split = train_set[:50_000], train_set[50_000:], "MNIST"
+    rows = []
+    for stage, grid in GRID.items():
         script = bench.SCRIPTS[stage]
         script.load_mnist = lambda data_dir: split
-        means = {}
-        for initial, final in candidates:
-            accuracies = [train(script, initial, final, i) for i in range(args.seeds)]
-            means[initial, final] = np.mean(accuracies)
-            each_seed = ", ".join(f"{accuracy:.2f}" for accuracy in accuracies)
-            rows.append(
-                [stage, initial, final, f"{np.mean(accuracies):.2f}", each_seed]
-            )
-        choices.append(f"stage {stage}, the highest mean: {max(means, key=means.get)}")
-    header = ["stage", "initial", "final", "validation accuracy, %", "seeds"]
+        for initial, decay in product(*grid):
+            accuracies = [train(script, initial, decay, i) for i in range(args.seeds)]
+            result = f"{np.mean(accuracies):.2f} ± {np.std(accuracies, ddof=1):.2f}"
+            rows.append([stage, initial, f"{initial * decay:.2g}", result])
+    header = ["stage", "initial rate", "final rate", "validation accuracy, %"]
     bench.print_table(header, rows)
-    print("", *choices, sep="\n")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import torch
 from helpers import assert_close
+from pytorch_mnist import make_model
 
-from mlp_flax_bn_dropout import MLP, apply_model, create_train_state, train_step
+from mlp_flax_bn_dropout import (
+    LAYER_SIZES,
+    MLP,
+    apply_model,
+    create_train_state,
+    train_step,
+)
 
 KEY = jax.random.key(5)
 
@@ -21,84 +29,103 @@ def trained(batch):
     return state
 
 
-def variables(state):
-    return {"params": state.params, "batch_stats": state.batch_stats}
+@pytest.fixture
+def model(trained):
+    """The same network in PyTorch, without dropout."""
+    model = make_model(stage=3)
+    for dropout in modules(model, torch.nn.Dropout):
+        dropout.p = 0.0
+    for i, linear in enumerate(modules(model, torch.nn.Linear)):
+        linear.weight.data = tensor(trained.params[f"layers_{i}"]["kernel"].T)
+        linear.bias.data = tensor(trained.params[f"layers_{i}"]["bias"])
+    for i, norm in enumerate(modules(model, torch.nn.BatchNorm1d)):
+        norm.weight.data = tensor(trained.params[f"norms_{i}"]["scale"])
+        norm.bias.data = tensor(trained.params[f"norms_{i}"]["bias"])
+        norm.running_mean = tensor(trained.batch_stats[f"norms_{i}"]["mean"])
+        norm.running_var = tensor(trained.batch_stats[f"norms_{i}"]["var"])
+    return model
 
 
-@pytest.fixture(scope="module")
-def training_pass(trained, batch):
-    """The logits and what each layer returns, with the key of the sixth step."""
-    rngs = {"dropout": jax.random.fold_in(KEY, 5)}
-    mutable = ["batch_stats", "intermediates"]
-    options = {"rngs": rngs, "mutable": mutable, "capture_intermediates": True}
-    return MLP().apply(variables(trained), batch[0], train=True, **options)
+def modules(model, kind):
+    return [module for module in model.modules() if isinstance(module, kind)]
 
 
-# Training.
+def tensor(array):
+    return torch.tensor(np.asarray(array))
 
 
-def test_step_uses_the_mask_of_key_and_step_and_donates_the_old_state(
-    trained, batch, training_pass
-):
-    """It returns loss and batch statistics of the parameters before the update."""
-    logits, updates = training_pass
-    expected = optax.softmax_cross_entropy_with_integer_labels(logits, batch[1])
-    old = jax.tree.map(jnp.copy, trained)
-    new, loss = train_step(old, *batch, KEY)
-    assert_close(loss, expected.mean())
-    assert_close(new.batch_stats, updates["batch_stats"])
-    assert new.step == 6
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(variables(old)))
+def copy(state):
+    return jax.tree.map(jnp.copy, state)
 
 
-def test_dropout_drops_the_given_fractions(training_pass):
-    """Zeros after dropout, of units that were on."""
-    kept = training_pass[1]["intermediates"]
+def test_evaluation_uses_running_averages(trained, batch, model):
+    variables = {"params": trained.params, "batch_stats": trained.batch_stats}
+    logits = trained.apply_fn(variables, batch[0], train=False)
+    expected = model.eval()(tensor(batch[0])).detach()
+    assert_close(logits, expected, 1e-3, 1e-4)
+    predicted = apply_model(trained, batch[0])
+    assert predicted.tolist() == expected.argmax(dim=1).tolist()
+
+
+def test_training_uses_batch_statistics_and_updates_the_averages(trained, batch, model):
+    """Without dropout; a step of SGD with a learning rate of 1 shows the gradient."""
+    x, y = tensor(batch[0]), tensor(batch[1]).long()
+    expected = torch.nn.functional.cross_entropy(model.train()(x), y)
+    expected.backward()
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+
+    sgd = optax.sgd(1.0)
+    state = copy(trained).replace(
+        apply_fn=MLP(LAYER_SIZES, (0.0, 0.0)).apply,
+        tx=sgd,
+        opt_state=sgd.init(trained.params),
+    )
+    new, loss = train_step(state, *batch, KEY)
+    assert_close(loss, expected.item(), 1e-4)
+    for i, linear in enumerate(modules(model, torch.nn.Linear)):
+        ours = [
+            new.params[f"layers_{i}"]["kernel"].T,
+            new.params[f"layers_{i}"]["bias"],
+        ]
+        theirs = [p.detach().numpy() for p in linear.parameters()]
+        assert_close(ours, theirs, 1e-3, 1e-5)
+    for i, norm in enumerate(modules(model, torch.nn.BatchNorm1d)):
+        old, stats = trained.batch_stats[f"norms_{i}"], new.batch_stats[f"norms_{i}"]
+        assert_close(stats["mean"], norm.running_mean, 1e-3, 1e-5)
+        # PyTorch averages the unbiased variance, Flax the biased one.
+        theirs = (norm.running_var.numpy() - 0.9 * old["var"]) * (1 - 1 / len(x))
+        assert_close(stats["var"] - 0.9 * old["var"], theirs, 1e-3, 1e-5)
+
+
+def test_masks_are_new_at_every_step_and_those_of_the_key(trained, batch):
+    def loss(step, key):
+        return float(train_step(copy(trained).replace(step=step), *batch, key)[1])
+
+    assert loss(5, KEY) == loss(5, KEY)
+    assert len({loss(5, KEY), loss(6, KEY), loss(5, jax.random.key(6))}) == 3
+
+
+def test_dropout_drops_the_given_fractions_before_batchnorm(trained, batch):
+    _, updates = trained.apply_fn(
+        {"params": trained.params, "batch_stats": trained.batch_stats},
+        batch[0],
+        train=True,
+        rngs={"dropout": KEY},
+        mutable=["batch_stats", "intermediates"],
+        capture_intermediates=True,
+    )
+    kept = updates["intermediates"]
     for i, rate in enumerate((0.3, 0.4)):
         before = kept[f"layers_{i}"]["__call__"][0] > 0
-        after = kept[f"dropouts_{i}"]["__call__"][0] > 0
-        assert abs(1 - after.sum() / before.sum() - rate) < 0.03
+        dropped = kept[f"dropouts_{i}"]["__call__"][0]
+        assert abs(1 - (dropped > 0).sum() / before.sum() - rate) < 0.03
+        old = trained.batch_stats[f"norms_{i}"]["mean"]
+        mean = 0.9 * old + 0.1 * dropped.mean(axis=0)
+        assert_close(updates["batch_stats"][f"norms_{i}"]["mean"], mean)
 
 
-# Evaluation, and the running averages.
-
-
-def forward(state, x, statistics):
-    """The network in NumPy; `statistics` gives mean and variance of a hidden layer."""
-    params = jax.tree.map(np.asarray, state.params)
-    for i in range(2):
-        x = np.maximum(
-            x @ params[f"layers_{i}"]["kernel"] + params[f"layers_{i}"]["bias"], 0
-        )
-        mean, var = statistics(i, x)
-        norm = params[f"norms_{i}"]
-        x = (x - mean) / np.sqrt(var + 1e-5) * norm["scale"] + norm["bias"]
-    return x @ params["layers_2"]["kernel"] + params["layers_2"]["bias"]
-
-
-def test_evaluation_uses_running_averages(trained, batch):
-    def running(i, x):
-        stats = trained.batch_stats[f"norms_{i}"]
-        return stats["mean"], stats["var"]
-
-    logits = forward(trained, batch[0], running)
-    ours = trained.apply_fn(variables(trained), batch[0], train=False)
-    assert_close(ours, logits, 1e-3, 1e-4)
-    assert apply_model(trained, batch[0]).tolist() == logits.argmax(axis=1).tolist()
-
-
-def test_training_uses_batch_statistics_and_updates_the_averages(trained, batch):
-    """Without dropout. A tenth of the new average is the batch's."""
-    updated = {}
-
-    def of_the_batch(i, x):
-        old = trained.batch_stats[f"norms_{i}"]
-        new = {"mean": x.mean(axis=0), "var": x.var(axis=0)}
-        updated[f"norms_{i}"] = jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, old, new)
-        return new["mean"], new["var"]
-
-    expected = forward(trained, batch[0], of_the_batch)
-    model, options = MLP(dropout_rates=(0.0, 0.0)), {"mutable": ["batch_stats"]}
-    logits, updates = model.apply(variables(trained), batch[0], train=True, **options)
-    assert_close(logits, expected, 1e-3, 1e-4)
-    assert_close(updates["batch_stats"], updated, 1e-4, 1e-5)
+def test_old_state_is_donated(trained, batch):
+    old = copy(trained)
+    train_step(old, *batch, KEY)
+    variables = (old.params, old.batch_stats)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(variables))

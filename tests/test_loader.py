@@ -1,4 +1,4 @@
-"""The loader of common.py: NumPy batches, and every promise of torch's DataLoader kept."""
+"""The loader of common.py: NumPy batches, order by key, DataLoader's promises."""
 
 from collections import namedtuple
 from itertools import islice
@@ -15,6 +15,7 @@ from common import FlattenAndCast, JAXRandomSampler, NumpyLoader, numpy_collate
 # Workers import this file and must not compute with JAX, so no key is made here.
 Point = namedtuple("Point", ["x", "y"])
 TENSORS = data.TensorDataset(torch.arange(10), torch.ones(10, 3))
+DICTS = [{"image": np.full(3, i), "points": [Point(i, 2 * i)]} for i in range(10)]
 
 
 class Stream(data.IterableDataset):
@@ -44,62 +45,7 @@ def as_lists(batches, count=None):
     return [batch.tolist() for batch in islice(batches, count)]
 
 
-# What makes no sense is refused at once.
-
-
-def test_second_argument_is_not_a_key():
-    keys = jax.random.split(jax.random.key(7))
-    for wrong in (32, np.array([0, 7], np.uint32), jax.numpy.zeros(2), keys):
-        with pytest.raises(TypeError, match="(?s)rng_key.*not a JAX key.*batch_size="):
-            NumpyLoader(range(100), wrong, shuffle=True)
-
-
-@pytest.mark.parametrize(
-    ("attempt", "message"),
-    [
-        (lambda: NumpyLoader([1], shuffle=True), "rng_key"),
-        (lambda: NumpyLoader([1], jax.random.key(7)), "rng_key"),
-        (lambda: NumpyLoader([1], jax.random.key(7), sampler=[0]), "rng_key"),
-        (lambda: NumpyLoader([1], batch_size=None), "batch_size=None"),
-        (lambda: shuffled([1], sampler=[0]), "sampler"),
-        (lambda: shuffled([1], batch_sampler=[[0]]), "batch_sampler"),
-        (lambda: shuffled(Stream()), "IterableDataset"),
-        (lambda: shuffled([1]).batches_from(-1), "step is -1"),
-        (lambda: shuffled([]).batches_from(0), "0 examples"),
-        (lambda: shuffled([1], 2, drop_last=True).batches_from(0), "1 examples.*=2"),
-        (lambda: NumpyLoader([1]).batches_from(0), "rng_key"),
-        (lambda: NumpyLoader([1], sampler=[0]).batches_from(0), "rng_key"),
-        (lambda: NumpyLoader([1], batch_sampler=[[0]]).batches_from(0), "rng_key"),
-    ],
-)
-def test_contradiction(attempt, message):
-    with pytest.raises(ValueError, match=message):
-        attempt()
-
-
 # Samples become batches.
-
-
-def test_by_default_batches_of_one_in_the_order_of_the_dataset():
-    loader = NumpyLoader(range(3))
-    assert as_lists(loader) == as_lists(loader) == [[0], [1], [2]]
-
-
-def test_collate_fn_gets_a_list_of_samples():
-    samples = [("a", 0), ("b", 1), ("c", 2)]
-    (batch,) = NumpyLoader(samples, batch_size=3, collate_fn=lambda batch: batch)
-    assert batch == samples
-    (batch,) = NumpyLoader([(1, 2), (3, 4)], batch_size=2, collate_fn=None)
-    assert as_lists(batch) == [[1, 3], [2, 4]]
-    assert type(batch[0]) is np.ndarray
-
-
-def test_structure_of_a_sample_is_kept():
-    sample = {"point": Point(1, [2, 3]), "tuple": (4, {"flag": True})}
-    batch = numpy_collate([sample, sample])
-    assert jax.tree.structure(batch) == jax.tree.structure(sample)
-    assert batch["point"].y[1].tolist() == [3, 3]
-    assert batch["tuple"][1]["flag"].tolist() == [True, True]
 
 
 @pytest.mark.parametrize(
@@ -113,20 +59,24 @@ def test_numbers_arrays_and_tensors_keep_their_dtype(value):
     assert np.array_equal(batch[1], array)
 
 
-@pytest.mark.parametrize("zeros", [np.zeros, torch.zeros])
-@pytest.mark.parametrize("shapes", [[(2,), (3,)], [(2, 4), (2, 1)], [(1, 2), (2,)]])
-def test_different_shapes_are_named(shapes, zeros):
-    samples = [(zeros(shape), 0) for shape in shapes]
-    with pytest.raises(ValueError, match="different shapes") as caught:
-        list(NumpyLoader(samples, batch_size=2))
-    for shape in shapes:
-        assert ", ".join(map(str, shape)) in str(caught.value)
+def test_structure_of_a_sample_is_kept():
+    sample = {"point": Point(1, [2, 3]), "tuple": (4, {"flag": True})}
+    batch = numpy_collate([sample, sample])
+    assert jax.tree.structure(batch) == jax.tree.structure(sample)
+    assert batch["point"].y[1].tolist() == [3, 3]
+    assert batch["tuple"][1]["flag"].tolist() == [True, True]
 
 
-@pytest.mark.parametrize("other", [(1,), [1, 2], (1, (2, 3)), (1, None)])
-def test_different_structures_are_refused(other):
+@pytest.mark.parametrize("other", [(1,), [1, 2], (1, (2, 3)), (1, np.ones(3))])
+def test_samples_that_differ_in_structure_or_shape_are_refused(other):
     with pytest.raises(ValueError):
         numpy_collate([(1, 2), other])
+
+
+def test_collate_fn_gets_a_list_of_samples():
+    samples = [("a", 0), ("b", 1), ("c", 2)]
+    (batch,) = NumpyLoader(samples, batch_size=3, collate_fn=lambda batch: batch)
+    assert batch == samples
 
 
 def test_code_of_the_article(small_mnist):
@@ -143,38 +93,40 @@ def test_code_of_the_article(small_mnist):
         collate_fn=numpy_collate,
         drop_last=True,
     )
-    assert len(training_generator) == 20
+    assert len(list(training_generator)) == len(training_generator) == 20
     for x, y in training_generator:
         assert (x.shape, x.dtype) == ((32, 784), np.float32)
         assert (y.shape, type(y)) == ((32,), np.ndarray)
 
 
-# What works with DataLoader works here.
+# What works with DataLoader works here, or raises.
 
 
 @pytest.mark.parametrize(
     "dataset",
     [
         TENSORS,
+        DICTS,
         data.StackDataset(x=range(10), y=TENSORS),
         data.ConcatDataset([TENSORS, TENSORS]),
+        data.Subset(DICTS, [3, 1, 2]),
         data.random_split(TENSORS, [4, 6])[1],
         Stream(),
     ],
 )
 def test_dataset_is_loaded_as_by_dataloader(dataset):
-    ours = jax.tree.leaves(list(NumpyLoader(dataset, batch_size=4)))
-    theirs = jax.tree.leaves(list(DataLoader(dataset, batch_size=4)))
-    for array, tensor in zip(ours, theirs, strict=True):
-        assert type(array) is np.ndarray
-        assert np.array_equal(array, tensor)
+    ours, theirs = list(NumpyLoader(dataset)), list(DataLoader(dataset))
+    for batch, expected in zip(ours, theirs, strict=True):
+        for array, tensor in zip(*map(jax.tree.leaves, (batch, expected)), strict=True):
+            assert type(array) is np.ndarray
+            assert np.array_equal(array, tensor)
 
 
 @pytest.mark.parametrize(
     "options",
     [
+        {},
         {"batch_size": 4, "drop_last": True},
-        {"batch_size": 4, "generator": torch.Generator()},
         {"batch_size": 4, "pin_memory": True},
         {"batch_size": 4, "collate_fn": data.default_collate},
         {"sampler": [5, 3, 8]},
@@ -185,7 +137,28 @@ def test_dataset_is_loaded_as_by_dataloader(dataset):
 def test_option_works_as_with_dataloader(options):
     ours, theirs = NumpyLoader(range(10), **options), DataLoader(range(10), **options)
     assert len(ours) == len(theirs)
-    assert as_lists(ours) == as_lists(theirs)
+    assert as_lists(ours) == as_lists(ours) == as_lists(theirs)
+
+
+def test_key_and_shuffle_need_each_other():
+    """The usual mistake: DataLoader's second argument is the batch size."""
+    with pytest.raises(ValueError, match="shuffle=False and rng_key=32"):
+        NumpyLoader(range(100), 32)
+    with pytest.raises(ValueError, match="shuffle=True and rng_key=None"):
+        NumpyLoader(range(100), shuffle=True)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "options"),
+    [
+        (range(9), {"sampler": [0]}),
+        (range(9), {"batch_sampler": [[0]]}),
+        (Stream(), {}),
+    ],
+)
+def test_shuffle_excludes_another_order(dataset, options):
+    with pytest.raises((TypeError, ValueError)):
+        shuffled(dataset, **options)
 
 
 def test_workers_are_spawned_and_compute_nothing_with_jax(monkeypatch):
@@ -196,8 +169,19 @@ def test_workers_are_spawned_and_compute_nothing_with_jax(monkeypatch):
     batches = list(loader)
     assert as_lists(i for i, _ in batches) == as_lists(shuffled(range(10), 4))
     assert {event for _, events in batches for event in events} == {"new, worker 0"}
-    # Iterations that share workers disturb each other, so it has to be asked for.
-    assert not loader.persistent_workers
+
+
+def test_torchs_random_numbers():
+    """Loading draws none, so evaluating does not change random transforms."""
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    for loader in (NumpyLoader(range(3)), shuffled(range(3))):
+        list(loader)
+        assert loader.generator.initial_seed() == 3, "workers ignore torch's seed"
+    assert torch.equal(torch.get_rng_state(), before)
+
+    mine = torch.Generator()
+    assert NumpyLoader(range(3), generator=mine).generator is mine
 
 
 # The order, and a run that goes on where it was stopped.
@@ -220,6 +204,16 @@ def test_batches_from_a_step_are_those_of_a_run_that_never_stopped(step, drop_la
     whole = [batch for _epoch in range(4) for batch in as_lists(loader)]
     assert {len(batch) for batch in whole} == ({5} if drop_last else {5, 3})
     assert as_lists(loader.batches_from(step), len(whole) - step) == whole[step:]
+
+
+def test_batches_from_with_an_order_of_ones_own():
+    class Backwards(JAXRandomSampler):
+        def __iter__(self):
+            return reversed(list(super().__iter__()))
+
+    loader = NumpyLoader(range(6), sampler=Backwards(range(6), jax.random.key(7)))
+    whole = as_lists(loader) + as_lists(loader)
+    assert as_lists(loader.batches_from(6), 6) == whole[6:]
 
 
 def test_skipped_examples_are_not_loaded():

@@ -1,11 +1,12 @@
-"""Stage 1: the hand-written loss, gradient, forward pass, update and schedule."""
+"""Stage 1: initial parameters, forward pass, loss, update and schedule by hand."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from helpers import STAGE_1, assert_close, equal
+from helpers import STAGE_1, assert_close, leaves
+from pytorch_mnist import make_model
 
 from mlp_numpy_api import (
     batched_forward,
@@ -19,7 +20,7 @@ from mlp_numpy_api import (
 
 @pytest.fixture(scope="module")
 def params():
-    layers = init_network_params([784, 32, 16, 10], jax.random.key(0))
+    layers = init_network_params(STAGE_1.LAYER_SIZES, jax.random.key(0))
     return [(w, 0.1 + b) for w, b in layers]  # biases that a forward pass must notice
 
 
@@ -31,6 +32,7 @@ def test_init():
     assert shapes == [((512, 784), (512,)), square, square, ((10, 512), (10,))]
     (first, _), (second, _), (third, _), _ = layers
     assert np.isclose(first.std(), np.sqrt(2 / 784), rtol=0.01)
+    assert abs(first.mean()) < 0.001
     assert not np.array_equal(second, third)
     assert not any(b.any() for _, b in layers)
 
@@ -50,57 +52,57 @@ def test_forward_pass_is_written_for_one_image(params, batch):
         model_forward(params, x)  # a batch without vmap: a shape error
 
 
-def test_loss_gradient_and_update_are_pytorchs(params, batch):
-    x, y = batch
-    layers = [
-        [torch.tensor(np.asarray(a), requires_grad=True) for a in layer]
-        for layer in params
-    ]
-    h = torch.from_numpy(x)
-    for w, b in layers[:-1]:
-        h = torch.relu(torch.nn.functional.linear(h, w, b))
-    logits = torch.nn.functional.linear(h, *layers[-1])
-    expected = torch.nn.functional.cross_entropy(logits, torch.from_numpy(y).long())
+def test_loss_and_update_are_pytorchs(params, batch):
+    """SGD's update with a learning rate of 0.5 shows the gradient, too."""
+    model = make_model(stage=1)
+    tensors = list(model.parameters())
+    for tensor, array in zip(tensors, jax.tree.leaves(params), strict=True):
+        tensor.data = torch.tensor(np.asarray(array))
+    logits = model(torch.tensor(batch[0]))
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor(batch[1]).long())
     expected.backward()
-
-    tensors = [tensor for layer in layers for tensor in layer]
-    grads = [tensor.grad.numpy() for tensor in tensors]
-    assert_close(loss(params, x, y), expected.item())
-    assert_close(jax.tree.leaves(jax.grad(loss)(params, x, y)), grads, rtol=1e-4)
     torch.optim.SGD(tensors, lr=0.5).step()
-    updated = jax.tree.leaves(sgd_update(params, x, y, 0.5))
-    assert_close(updated, [tensor.detach().numpy() for tensor in tensors], rtol=1e-4)
+
+    updated, batch_loss = sgd_update(params, *batch, 0.5)
+    assert_close(batched_forward(params, batch[0]), logits.detach(), 1e-4, 1e-5)
+    assert_close([loss(params, *batch), batch_loss], 2 * [expected.item()])
+    tensors = [tensor.detach().numpy() for tensor in tensors]
+    assert_close(jax.tree.leaves(updated), tensors, rtol=1e-4)
 
 
 def test_loss_of_large_logits_is_finite(params, batch):
     assert np.isfinite(loss(jax.tree.map(lambda p: 100 * p, params), *batch))
 
 
-def test_run_decays_the_learning_rate_from_initial_to_final(whole_run):
+def test_update_takes_layers_with_any_number_of_arrays(batch, monkeypatch):
+    """Parameters are a pytree: here, each layer also has a scale of its outputs."""
+
+    def scaled_loss(params, x, y):
+        return loss([(w * scale[:, None], b) for w, b, scale in params], x, y)
+
+    layers = init_network_params([784, 10], jax.random.key(0))
+    params = [(w, b, np.ones(10, np.float32)) for w, b in layers]
+    monkeypatch.setattr(STAGE_1, "loss", scaled_loss)
+    updated, _ = sgd_update(params, *batch, 0.5)
+    assert jax.tree.structure(updated) == jax.tree.structure(params)
+    assert not any(map(np.array_equal, leaves(updated), leaves(params)))
+
+
+def test_another_learning_rate_does_not_recompile(params, batch, monkeypatch):
+    traces = []
+
+    def traced_loss(*args):
+        traces.append(args)
+        return loss(*args)
+
+    monkeypatch.setattr(STAGE_1, "loss", traced_loss)
+    x, y = batch
+    for lr in (0.5, 0.4):
+        sgd_update(params, x[:7], y[:7], lr)  # a batch size that is new
+    assert len(traces) == 1
+
+
+def test_learning_rate_falls_exponentially_to_a_third(whole_run):
+    """From --learning-rate 0.01, which is less than the default's final rate."""
     rates = [step.rest[0] for step in whole_run(STAGE_1).steps]
-    expected = np.geomspace(0.01, STAGE_1.FINAL_LEARNING_RATE, 21)
-    np.testing.assert_allclose(rates, expected[:20])
-    assert all(isinstance(rate, float) for rate in rates)
-
-
-def test_run_goes_on_from_updated_parameters_and_logs_the_loss_before(whole_run):
-    """Stages 2 and 3 log what train_step returns, which their own tests look at."""
-    steps = whole_run(STAGE_1).steps
-    params = [list(zip(step.before[::2], step.before[1::2])) for step in steps]
-    for i in (0, 6):
-        updated = sgd_update(params[i], steps[i].x, steps[i].y, *steps[i].rest)
-        assert equal(updated, params[i + 1])
-    for line in whole_run(STAGE_1).log:
-        i = int(line["step"]) - 1
-        expected = loss(params[i], steps[i].x, steps[i].y)
-        assert float(line["loss"]) == pytest.approx(float(expected), abs=1e-4)
-
-
-def test_another_learning_rate_does_not_recompile(params, batch, caplog):
-    sgd_update(params, *batch, 0.5)
-    with jax.log_compiles():
-        sgd_update(params, *batch, 0.4)
-    assert "Compiling" not in caplog.text
-    with jax.log_compiles():
-        sgd_update(params, batch[0][:7], batch[1][:7], 0.5)
-    assert "Compiling" in caplog.text
+    np.testing.assert_allclose(rates, np.geomspace(0.01, 0.01 / 3, 21)[:20], rtol=1e-6)
