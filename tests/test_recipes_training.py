@@ -150,7 +150,7 @@ def test_finetune_resumes_only_from_the_same_pretrained(recipe, small_mnist):
         save_pretrained(name, 784, 512, 512, 10)
     options = [*TRAIN, "--max-steps", 1, "--checkpoint", "run", "--pretrained"]
     run(module, small_mnist, *options, "one")
-    with pytest.raises(SystemExit, match="is from another run: .*, from one$"):
+    with pytest.raises(SystemExit, match="is from another run: .*, pretrained one$"):
         run(module, small_mnist, *options, "two")
 
 
