@@ -47,7 +47,7 @@ class MLP(nn.Module):
     a BatchNorm after it evaluates with a wrong variance (Li et al., arXiv:1801.05134).
     """
 
-    layer_sizes: Sequence[int]
+    layer_sizes: Sequence[int]  # a field is an argument of the constructor
     dropout_rates: Sequence[float]
 
     def setup(self) -> None:
@@ -104,7 +104,7 @@ def train_step(
     """Take one step on images x (B, 784) and their classes y (B,), from 0 to 9.
 
     Returns the new state, and the loss before the update. The old state is donated:
-    its memory is reused, so it cannot be read again. A class -1 would mean class 9.
+    its memory is reused, so it cannot be read again. A class -1 means the last one.
     """
     step_key = jax.random.fold_in(dropout_key, state.step)  # new masks at every step
 
@@ -190,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> tuple[TrainState, float]:
     args = parse_args(argv)
     train_set, test_set, data_name = load_mnist(args.data_dir)
 
-    # To tune, hold out training images: train_set[50_000:] in place of test_set.
+    # To tune, train on train_set[:50_000] and test on train_set[50_000:] instead.
     if args.train_examples is not None:  # a list; for a Dataset, use torch's Subset
         train_set = train_set[: args.train_examples]
 
@@ -213,7 +213,8 @@ def main(argv: Sequence[str] | None = None) -> tuple[TrainState, float]:
 
     state = create_train_state(init_key, args.learning_rate, total_steps)
     num_params = sum(p.size for p in jax.tree.leaves(state.params))
-    # Only a run with the same description resumes a checkpoint: add what you vary.
+    # A checkpoint is resumed only if this description is the same. It does not know
+    # your code and your data: add what you vary.
     run = (
         f"{data_name}, {len(train_set):,} training images, "
         f"{num_params:,} parameters, "

@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> tuple[Params, float]:
     args = parse_args(argv)
     train_set, test_set, data_name = load_mnist(args.data_dir)
 
-    # To tune, hold out training images: train_set[50_000:] in place of test_set.
+    # To tune, train on train_set[:50_000] and test on train_set[50_000:] instead.
     if args.train_examples is not None:  # a list; for a Dataset, use torch's Subset
         train_set = train_set[: args.train_examples]
 
