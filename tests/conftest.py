@@ -4,8 +4,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-# Many tests run a whole script, and each run compiles the same programs: once is enough.
-# This must be set before JAX is imported.
+# Most of the time would go into compiling. Many tests compile the same programs, so once
+# is enough; and for so few steps, XLA need not optimize. Set before JAX is imported.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 compiled = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
 os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"

@@ -36,7 +36,12 @@ def test_files_options_and_recipes_exist(page):
 
     options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
     ours = re.findall(r"--[a-z][a-z-]+", Path(STAGE_2.__file__).read_text())
-    assert options <= {*ours, "--no-project", "--with-requirements"}  # these are uv's
+    assert options <= {
+        *ours,
+        "--no-project",
+        "--with-requirements",
+        "--xla",
+    }  # of uv, of XLA
 
 
 @pages
