@@ -202,10 +202,9 @@ def test_missing_files_are_completed(mirror, tmp_path):
 def test_missing_files_are_named(no_network, tmp_path):
     """MNIST that is not whole is never replaced by drawn digits."""
     write(tmp_path, {TRAIN_X: FILES[TRAIN_X], f"{TEST_Y}.gz": PACKED[f"{TEST_Y}.gz"]})
-    lacks, _, reason = error_of_loading(tmp_path).partition("download failed: ")
+    lacks, _, _ = error_of_loading(tmp_path).partition("download failed: ")
     assert str(tmp_path) in lacks
     assert [name for name in FILES if name in lacks] == [TRAIN_Y, TEST_X]
-    assert "refused" in reason
 
 
 # Without a file and without a download, digits are drawn, and stderr says why.
@@ -216,8 +215,8 @@ def test_no_network(no_network, tmp_path, capsys):
     assert (len(train_set), len(test_set), name) == (10_000, 2_000, DRAWN)
     assert not np.array_equal(train_set[0][0], test_set[0][0])
     reason = capsys.readouterr().err.splitlines()[-1]
-    assert reason.startswith(f"drawing digits: no MNIST in {tmp_path}; ")
-    assert "refused" in reason
+    expected = f"drawing digits: no MNIST in {tmp_path}; the download failed: "
+    assert reason.startswith(expected)
 
 
 @pytest.mark.parametrize(
