@@ -35,6 +35,7 @@ def test_files_options_and_recipes_exist(page):
     assert set(anchors) <= {line.removeprefix("##-") for line in headings}
 
     options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
+    others = {"--no-project", "--with-requirements", "--xla"}  # of uv, of XLA
     ours = re.findall(r"--[a-z][a-z-]+", Path(STAGE_2.__file__).read_text())
     assert options <= {
         *ours,
