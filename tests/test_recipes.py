@@ -3,13 +3,14 @@
 What each recipe does is tested in the other files test_recipes_*.py.
 """
 
+import re
 import shutil
 import subprocess
 import sys
 from itertools import permutations
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, equal, import_file, run
 
 RECIPES = sorted(path.stem for path in ROOT.glob("recipes/*.diff"))
 SCRIPT = (ROOT / "mlp_flax.py").read_text()
@@ -48,6 +49,7 @@ def apply_by(command, directory, name):
 
 
 PATCH = ["patch", "-F0", "-p1"]
+FIT_STAGE_3 = {"adamw", "best", "devices", "export", "log", "weighted"}
 
 
 @pytest.fixture
@@ -101,6 +103,39 @@ def test_to_a_renamed_copy(tmp_path):
     (tmp_path / "train.py").write_text(SCRIPT)
     assert apply_by(["patch", "-F0", "train.py"], tmp_path, "cnn")
     assert "class CNN" in (tmp_path / "train.py").read_text()
+
+
+def patch_stage_3(directory, *names):
+    """Apply recipes to a copy of stage 3; return whether all fit."""
+    shutil.copy(ROOT / "mlp_flax_bn_dropout.py", directory / "stage_3.py")
+    return all(
+        apply_by(["patch", "-F0", "stage_3.py"], directory, name) for name in names
+    )
+
+
+def test_which_fit_stage_3(tmp_path):
+    fit = {name for name in RECIPES if patch_stage_3(tmp_path, name)}
+    readme = (ROOT / "README.md").read_text("utf-8")
+    told = re.findall(
+        r"^\| `recipes/([\w-]+)\.diff` .*\| yes \|$", readme, re.MULTILINE
+    )
+    assert fit == set(told) == FIT_STAGE_3
+
+
+@pytest.mark.parametrize("names", [["best"], FIT_STAGE_3 - {"best"}], ids=len)
+def test_stage_3_with_recipes_learns_and_resumes(
+    names, small_mnist, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert patch_stage_3(tmp_path, *names)
+    script = import_file("stage_3.py", "mlp_stage_3")
+    options = ["--epochs", 4, "--batch-size", 64, "--learning-rate", 0.01]
+    options += ["--checkpoint", "checkpoint"]
+    run(script, small_mnist, *options, "--max-steps", 20)
+    resumed = run(script, small_mnist, *options)
+    whole = run(script, small_mnist, *options[:-1], "whole")
+    assert whole.accuracy > 0.5
+    assert equal(resumed.state, whole.state)
 
 
 def update(clone):
