@@ -3,9 +3,11 @@
     python recipes/update.py
 
 Each diff fits the script as last committed, which Git still has, so its change can be
-merged with yours. A new recipe: edit mlp_flax.py, write what the change is for and the
-output of `git diff -U1 mlp_flax.py`, without its line "index ...", to
-recipes/NAME.diff, and restore mlp_flax.py.
+merged with yours. Take applied recipes back first: they would count as your change.
+
+A new recipe: edit mlp_flax.py, write what the change is for and the output of `git diff
+-U1 mlp_flax.py`, without its line "index ...", to recipes/NAME.diff, and restore
+mlp_flax.py.
 """
 
 import re
