@@ -7,8 +7,7 @@ This stage shows that
 - the model has to be told whether it is being trained or evaluated.
 
 Run `python mlp_flax_bn_dropout.py`. 5 epochs take about half a minute on two CPU
-cores and reach 98.3% test accuracy (mean of five seeds): dropout needs more epochs
-than this to pay off.
+cores and reach 98.3% test accuracy (mean of five seeds), and more without dropout.
 """
 
 import argparse
