@@ -2,10 +2,11 @@
 
 import contextlib
 import importlib.util
-import io
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,6 +89,7 @@ class Step(NamedTuple):
     y: np.ndarray
     rest: tuple  # the learning rate in stage 1, the dropout key in stage 3
     loss: float
+    log: str  # what could be read of the log then
 
 
 class Run(NamedTuple):
@@ -101,23 +103,50 @@ class Run(NamedTuple):
 def run(script, data_dir, *options, record=False):
     """Call the main of a script, given as a module."""
     name = "sgd_update" if hasattr(script, "sgd_update") else "train_step"
-    real_step, steps = getattr(script, name), []
+    real_step, steps = getattr(script, name, None), []
 
     def step(state, x, y, *rest):
-        before = leaves(state)
+        before, log = leaves(state), Path(out.name).read_text()
         state, loss = real_step(state, x, y, *rest)
-        steps.append(Step(before, x, y, rest, float(loss)))
+        steps.append(Step(before, x, y, rest, float(loss), log))
         return state, loss
 
-    out = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        tempfile.NamedTemporaryFile("w") as out,
+        contextlib.redirect_stdout(out),
+    ):
         if record:
             patch.setattr(script, name, step)
         argv = ["--data-dir", str(data_dir), *map(str, options)]
         state, accuracy = script.main(argv)
-    lines = out.getvalue().splitlines()
+        out.flush()
+        lines = Path(out.name).read_text().splitlines()
     log = [match.groupdict() for match in map(LINE.fullmatch, lines) if match]
     return Run(state, accuracy, lines, log, steps)
+
+
+def assert_resumes(script, data_dir, *options, record=False):
+    """A run that is killed after its first save and resumed ends like a whole run.
+
+    Returns the whole run. The files are in the current directory.
+    """
+    save, killed = script.save_checkpoint, Path("killed")
+
+    def save_and_copy(path, *args):
+        save(path, *args)
+        if not killed.exists():
+            for file in Path().glob("whole*"):  # some recipes save another one, too
+                shutil.copy(file, file.name.replace("whole", "killed"))
+
+    options = [*options, "--checkpoint"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "save_checkpoint", save_and_copy)
+        whole = run(script, data_dir, *options, "whole", record=record)
+    resumed = run(script, data_dir, *options, killed)
+    assert equal(resumed.state, whole.state)
+    assert killed.read_bytes() == Path("whole").read_bytes()
+    return whole
 
 
 def start(*command, **options):

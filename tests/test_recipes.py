@@ -10,7 +10,7 @@ import sys
 from itertools import permutations
 
 import pytest
-from helpers import ROOT, equal, import_file, run
+from helpers import ROOT, assert_resumes, import_file
 
 RECIPES = sorted(path.stem for path in ROOT.glob("recipes/*.diff"))
 SCRIPT = (ROOT / "mlp_flax.py").read_text()
@@ -69,11 +69,14 @@ def clone(tmp_path):
 def test_pairs(tmp_path):
     """All ordered pairs, by either tool: both apply, or the second is refused."""
     collisions = {name: set() for name in RECIPES}
+    script, after = tmp_path / "mlp_flax.py", {}
+    for name in RECIPES:
+        script.write_text(SCRIPT)
+        assert apply_by(PATCH, tmp_path, name)
+        after[name] = script.read_text()
     for command in (["git", "apply"], PATCH):
         for first, second in permutations(RECIPES, 2):
-            script = tmp_path / "mlp_flax.py"
-            script.write_text(SCRIPT)
-            assert apply_by(command, tmp_path, first)
+            script.write_text(after[first])
             if apply_by(command, tmp_path, second):
                 compile(script.read_text(), f"{first} and {second}", "exec")
             else:
@@ -130,12 +133,8 @@ def test_stage_3_with_recipes_learns_and_resumes(
     assert patch_stage_3(tmp_path, *names)
     script = import_file("stage_3.py", "mlp_stage_3")
     options = ["--epochs", 4, "--batch-size", 64, "--learning-rate", 0.01]
-    options += ["--checkpoint", "checkpoint"]
-    run(script, small_mnist, *options, "--max-steps", 20)
-    resumed = run(script, small_mnist, *options)
-    whole = run(script, small_mnist, *options[:-1], "whole")
+    whole = assert_resumes(script, small_mnist, *options, "--eval-every", 15)
     assert whole.accuracy > 0.5
-    assert equal(resumed.state, whole.state)
 
 
 def update(clone):

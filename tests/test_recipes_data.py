@@ -1,5 +1,6 @@
 """Recipes for the data, the model and the export of its weights."""
 
+import pickle
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from helpers import (
     assert_close,
+    assert_resumes,
     draw,
     equal,
     leaves,
@@ -24,29 +26,11 @@ from torchvision.datasets import FashionMNIST
 
 import common
 
-TRAIN = ["--epochs", 4, "--batch-size", 64]  # 40 steps on small_mnist
-
-
-def assert_resumes(module, data_dir, *options):
-    """Stopped in the middle of an epoch and resumed is never stopped."""
-    whole = run(module, data_dir, *options, record=True)
-    checkpoint = [*options, "--checkpoint", "checkpoint"]
-    run(module, data_dir, *checkpoint, "--max-steps", 7)
-    assert equal(run(module, data_dir, *checkpoint).state, whole.state)
-    return whole
+# 40 steps on small_mnist, 10 an epoch.
+TRAIN = ["--epochs", 4, "--batch-size", 64, "--eval-every", 15]
 
 
 # The model.
-
-
-def test_cnn(recipe, small_mnist):
-    """Also with other recipes, for one run."""
-    module = recipe("cnn", "augment", "weighted", "log")
-    result = run(module, small_mnist, *TRAIN)
-    assert result.accuracy > 0.3
-    shapes = [leaf.shape for leaf in leaves(result.state.params)]
-    assert shapes[1::2] == [(3, 3, 1, 32), (3, 3, 32, 64), (7 * 7 * 64, 10)]
-    assert not hasattr(module, "MLP")
 
 
 def linear(weights, layer):
@@ -76,8 +60,16 @@ def test_export(recipe, small_mnist, batch):
     assert_close(logits, state.apply_fn({"params": state.params}, batch[0]), 1e-3, 1e-4)
 
 
-def test_export_cnn(recipe, small_mnist, batch):
-    state = run(recipe("cnn", "export"), small_mnist, *TRAIN).state
+def test_cnn_and_its_export(recipe, small_mnist, batch):
+    """Also with other recipes, for one run."""
+    module = recipe("cnn", "augment", "weighted", "log", "export")
+    result = run(module, small_mnist, *TRAIN)
+    assert result.accuracy > 0.3
+    assert not hasattr(module, "MLP")
+    state = result.state
+    shapes = [leaf.shape for leaf in leaves(state.params)]
+    assert shapes[1::2] == [(3, 3, 1, 32), (3, 3, 32, 64), (7 * 7 * 64, 10)]
+
     weights = np.load("weights.npz")
     hidden = torch.from_numpy(batch[0]).reshape(-1, 1, 28, 28)
     for layer in ("layers_0", "layers_1"):
@@ -166,7 +158,7 @@ def test_weighted(recipe, tmp_path):
     images, labels = draw(1300, seed=2)
     keep = (labels < 5) | (np.arange(1300) % 10 == 0)
     write_mnist(tmp_path, (images[keep], labels[keep]), draw(300, seed=3))
-    result = assert_resumes(recipe("weighted"), tmp_path, *TRAIN)
+    result = assert_resumes(recipe("weighted"), tmp_path, *TRAIN, record=True)
     counts = np.bincount(np.concatenate([step.y for step in result.steps]))
     assert counts.sum() > 2000
     expected = counts.sum() / 10
@@ -196,32 +188,31 @@ def make_folders(directory):
 
 
 def test_image_folder(recipe, tmp_path, monkeypatch):
-    module, decoded = recipe("image-folder"), Counter()
+    """Without the workers, which take long to start, but with what they are given."""
+    module, decoded, workers = recipe("image-folder"), Counter(), []
     make_folders(tmp_path)
     read = module.ImageFolder.__getitem__
 
-    def count_and_read(dataset, index):  # in this process, but not in the workers
+    def count_and_read(dataset, index):
         decoded[dataset.samples[index][0]] += 1
         return read(dataset, index)
 
-    def without_workers(*args, num_workers=0, persistent_workers=0, **options):
-        return common.NumpyLoader(*args, **options)
+    def loader(dataset, *args, num_workers=0, persistent_workers=0, **options):
+        pickle.loads(pickle.dumps((dataset, options.get("worker_init_fn"))))
+        workers.append(num_workers)
+        return common.NumpyLoader(dataset, *args, **options)
 
     monkeypatch.setattr(module.ImageFolder, "__getitem__", count_and_read)
-    options = [".", "--epochs", 3, "--checkpoint", "checkpoint"]
-    with monkeypatch.context() as patch:  # workers take long to start
-        patch.setattr(module, "NumpyLoader", without_workers)
-        whole = run(module, *options[:3])
-        run(module, *options, "--max-steps", 7)
-    decoded.clear()
-    result = run(module, *options)
-    assert equal(result.state, whole.state)
+    monkeypatch.setattr(module, "NumpyLoader", loader)
+    options = ["--epochs", 3, "--eval-every", 7, "--checkpoint"]
+    result = run(module, ".", *options, "checkpoint")
     description = f"run: '{tmp_path.name}', 180 training images, 64 pixels, classes "
     assert result.lines[0].startswith(f"{description}['blue', 'green', 'red'], ")
     assert result.lines[-1] == f"final test accuracy: 100.00% ('{tmp_path.name}')"
-    # Beside the workers, the training images are needed once, for the accuracy.
+    assert len(workers) == 3 and workers[0] > 0 == workers[1] == workers[2]
+    # 15 steps of 32 images, and each once for the training accuracy.
     train = [n for path, n in decoded.items() if "train" in Path(path).parts]
-    assert train == 180 * [1]
+    assert sum(train) == 15 * 32 + 180
 
 
 def test_image_folder_takes_examples_of_all_classes(recipe, tmp_path, monkeypatch):
