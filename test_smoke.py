@@ -1,4 +1,4 @@
-"""The quick check of an installation: each script learns something in 200 steps.
+"""The quick check of an installation: each script learns something in 100 steps.
 
     python test_smoke.py
 
@@ -32,13 +32,13 @@ def drawn_digits():
 @pytest.mark.parametrize("name", ["mlp_numpy_api", "mlp_flax", "mlp_flax_bn_dropout"])
 def test_accuracy_rises_above_chance(name, tmp_path, capsys):
     script = importlib.import_module(name)
-    options = ["--data-dir", str(tmp_path), "--train-examples", "5000"]
+    options = ["--data-dir", str(tmp_path), "--train-examples", "2000"]
     _, before = script.main([*options, "--epochs", "0"])
-    _, after = script.main([*options, "--max-steps", "200"])
+    _, after = script.main([*options, "--max-steps", "100"])
 
     # Both on 2,000 digits that are never trained on; chance is 10%.
     assert before < 0.25
-    assert after > 0.6
+    assert after > 0.4
     last_line = capsys.readouterr().out.splitlines()[-1]
     assert last_line == f"final test accuracy: {after:.2%} (drawn digits, not MNIST)"
 

@@ -1,18 +1,26 @@
+"""Settings for all tests, and the fixtures that several files use."""
+
 import functools
 import os
 import shutil
 import tempfile
-from pathlib import Path
 
 # Most of the time would go into compiling. Many tests compile the same programs, so once
-# is enough; and for so few steps, XLA need not optimize. Set before JAX is imported.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# is enough; and for so few steps, XLA need not optimize. Set before JAX is imported. The
+# other two settings are for GPUs: same bits each time, and no rounding to TF32.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_gpu_deterministic_ops=true",
+)
+os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
 compiled = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
 os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # On a GPU, the processes that tests start must share its memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# The developer's Git settings, such as signed commits, are not for these repositories.
+os.environ["GIT_CONFIG_GLOBAL"] = os.devnull
 
 import pytest
 from helpers import (
@@ -44,14 +52,6 @@ def small_mnist(tmp_path_factory):
 def batch():
     """Images, float32 (40, 784), and labels, int32 (40,)."""
     return common.numpy_collate(common.draw_digits(40, seed=0))
-
-
-@pytest.fixture(scope="session")
-def real_mnist():
-    """The directory that MNIST_DIR names, or a skipped test."""
-    if "MNIST_DIR" not in os.environ:
-        pytest.skip("MNIST_DIR does not name a directory with MNIST")
-    return Path(os.environ["MNIST_DIR"])
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ import mlp_numpy_api
 
 ROOT = Path(__file__).parents[1]
 STAGE_1, STAGE_2, STAGE_3 = mlp_numpy_api, mlp_flax, mlp_flax_bn_dropout
-TWENTY_STEPS = [
+TWENTY_STEPS = [  # on the 650 images of the fixture small_mnist, 10 an epoch
     "--epochs",
     "2",
     "--batch-size",
@@ -56,9 +56,8 @@ def write_mnist(data_dir, train, test):
     """Write MNIST's four files, in torchvision's layout, from two pairs of arrays."""
     raw = data_dir / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    for split, (images, labels) in (("train", train), ("t10k", test)):
-        (raw / f"{split}-images-idx3-ubyte").write_bytes(idx(images))
-        (raw / f"{split}-labels-idx1-ubyte").write_bytes(idx(labels))
+    for name, array in zip(common.MNIST_FILES, (*train, *test), strict=True):
+        (raw / name).write_bytes(idx(array))
 
 
 # Arrays.
@@ -89,7 +88,7 @@ class Step(NamedTuple):
     y: np.ndarray
     rest: tuple  # the learning rate in stage 1, the dropout key in stage 3
     loss: float
-    log: str  # what could be read of the log then
+    printed: str  # what could be read of stdout before it
 
 
 class Run(NamedTuple):
@@ -101,14 +100,17 @@ class Run(NamedTuple):
 
 
 def run(script, data_dir, *options, record=False):
-    """Call the main of a script, given as a module."""
+    """Call the main of a script, given as a module.
+
+    stdout goes to a real file, so that a line which is not flushed cannot be read yet.
+    """
     name = "sgd_update" if hasattr(script, "sgd_update") else "train_step"
-    real_step, steps = getattr(script, name, None), []
+    real_step, steps = getattr(script, name), []
 
     def step(state, x, y, *rest):
-        before, log = leaves(state), Path(out.name).read_text()
+        before, printed = leaves(state), Path(out.name).read_text()
         state, loss = real_step(state, x, y, *rest)
-        steps.append(Step(before, x, y, rest, float(loss), log))
+        steps.append(Step(before, x, y, rest, float(loss), printed))
         return state, loss
 
     with (
@@ -129,24 +131,40 @@ def run(script, data_dir, *options, record=False):
 def assert_resumes(script, data_dir, *options, record=False):
     """A run that is killed after its first save and resumed ends like a whole run.
 
-    Returns the whole run. The files are in the current directory.
+    Returns the whole run. Its checkpoint is the file `whole` in the current directory.
     """
-    save, killed = script.save_checkpoint, Path("killed")
+    save, whole_path, killed_path = (
+        script.save_checkpoint,
+        Path("whole"),
+        Path("killed"),
+    )
 
     def save_and_copy(path, *args):
         save(path, *args)
-        if not killed.exists():
-            for file in Path().glob("whole*"):  # some recipes save another one, too
+        if not killed_path.exists():
+            for file in Path().glob(
+                "whole*"
+            ):  # recipes/best.diff saves whole.best first
                 shutil.copy(file, file.name.replace("whole", "killed"))
 
     options = [*options, "--checkpoint"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "save_checkpoint", save_and_copy)
-        whole = run(script, data_dir, *options, "whole", record=record)
-    resumed = run(script, data_dir, *options, killed)
-    assert equal(resumed.state, whole.state)
-    assert killed.read_bytes() == Path("whole").read_bytes()
+        whole = run(script, data_dir, *options, whole_path, record=record)
+    killed = run(script, data_dir, *options, killed_path)
+    assert equal(killed.state, whole.state)
+    assert killed_path.read_bytes() == whole_path.read_bytes()
     return whole
+
+
+def error_of(function, *args):
+    """The line that ends the program, with status 1, when a function is called."""
+    with pytest.raises(SystemExit) as caught:
+        function(*args)
+    message = caught.value.code
+    assert message.startswith("error: ")
+    assert "\n" not in message
+    return message
 
 
 def start(*command, **options):

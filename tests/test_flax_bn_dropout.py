@@ -22,7 +22,7 @@ KEY = jax.random.key(5)
 
 @pytest.fixture(scope="module")
 def trained(batch):
-    """A state after five steps. A test that takes another one copies it first."""
+    """A state after five steps. A step deletes its state: give it a copy."""
     state = create_train_state(jax.random.key(0), 1e-3, 10)
     for _ in range(5):
         state, _ = train_step(state, *batch, KEY)
@@ -93,8 +93,9 @@ def test_training_uses_batch_statistics_and_updates_the_averages(trained, batch,
         old, stats = trained.batch_stats[f"norms_{i}"], new.batch_stats[f"norms_{i}"]
         assert_close(stats["mean"], norm.running_mean, 1e-3, 1e-5)
         # PyTorch averages the unbiased variance, Flax the biased one.
-        theirs = (norm.running_var.numpy() - 0.9 * old["var"]) * (1 - 1 / len(x))
-        assert_close(stats["var"] - 0.9 * old["var"], theirs, 1e-3, 1e-5)
+        share_of_batch = norm.running_var.numpy() - 0.9 * old["var"]
+        biased = share_of_batch * (len(x) - 1) / len(x)
+        assert_close(stats["var"], 0.9 * old["var"] + biased, 1e-3, 1e-5)
 
 
 def test_masks_are_new_at_every_step_and_those_of_the_key(trained, batch):
@@ -114,13 +115,13 @@ def test_dropout_drops_the_given_fractions_before_batchnorm(trained, batch):
         mutable=["batch_stats", "intermediates"],
         capture_intermediates=True,
     )
-    kept = updates["intermediates"]
+    outputs = updates["intermediates"]
     for i, rate in enumerate((0.3, 0.4)):
-        before = kept[f"layers_{i}"]["__call__"][0] > 0
-        dropped = kept[f"dropouts_{i}"]["__call__"][0]
-        assert abs(1 - (dropped > 0).sum() / before.sum() - rate) < 0.03
+        before = outputs[f"layers_{i}"]["__call__"][0] > 0
+        after = outputs[f"dropouts_{i}"]["__call__"][0]
+        assert abs(1 - (after > 0).sum() / before.sum() - rate) < 0.03
         old = trained.batch_stats[f"norms_{i}"]["mean"]
-        mean = 0.9 * old + 0.1 * dropped.mean(axis=0)
+        mean = 0.9 * old + 0.1 * after.mean(axis=0)
         assert_close(updates["batch_stats"][f"norms_{i}"]["mean"], mean)
 
 

@@ -103,6 +103,6 @@ def test_another_learning_rate_does_not_recompile(params, batch, monkeypatch):
 
 
 def test_learning_rate_falls_exponentially_to_a_third(whole_run):
-    """From --learning-rate 0.01, which is less than the default's final rate."""
+    """The end is a third of --learning-rate, here 0.01, not the default's 0.1."""
     rates = [step.rest[0] for step in whole_run(STAGE_1).steps]
     np.testing.assert_allclose(rates, np.geomspace(0.01, 0.01 / 3, 21)[:20], rtol=1e-6)

@@ -16,7 +16,7 @@ from helpers import (
     assert_resumes,
     draw,
     equal,
-    leaves,
+    error_of,
     run,
     start,
     write_mnist,
@@ -67,8 +67,8 @@ def test_cnn_and_its_export(recipe, small_mnist, batch):
     assert result.accuracy > 0.3
     assert not hasattr(module, "MLP")
     state = result.state
-    shapes = [leaf.shape for leaf in leaves(state.params)]
-    assert shapes[1::2] == [(3, 3, 1, 32), (3, 3, 32, 64), (7 * 7 * 64, 10)]
+    shapes = [layer["kernel"].shape for layer in state.params.values()]
+    assert shapes == [(3, 3, 1, 32), (3, 3, 32, 64), (7 * 7 * 64, 10)]
 
     weights = np.load("weights.npz")
     hidden = torch.from_numpy(batch[0]).reshape(-1, 1, 28, 28)
@@ -209,7 +209,7 @@ def test_image_folder(recipe, tmp_path, monkeypatch):
     description = f"run: '{tmp_path.name}', 180 training images, 64 pixels, classes "
     assert result.lines[0].startswith(f"{description}['blue', 'green', 'red'], ")
     assert result.lines[-1] == f"final test accuracy: 100.00% ('{tmp_path.name}')"
-    assert len(workers) == 3 and workers[0] > 0 == workers[1] == workers[2]
+    assert workers[0] > 0 and workers[1:] == [0, 0]
     # 15 steps of 32 images, and each once for the training accuracy.
     train = [n for path, n in decoded.items() if "train" in Path(path).parts]
     assert sum(train) == 15 * 32 + 180
@@ -230,25 +230,20 @@ def test_image_folder_takes_examples_of_all_classes(recipe, tmp_path, monkeypatc
         assert {y for _, y in dataset} == {0, 1, 2}
 
 
-@pytest.mark.parametrize("name", ["train/pink", "test/.ipynb_checkpoints"])
-def test_image_folder_refuses_other_classes(recipe, tmp_path, name):
-    module = recipe("image-folder")
+def test_image_folder_refuses_other_classes(recipe, tmp_path):
+    main, argv = recipe("image-folder").main, ["--data-dir", "."]
+    assert "train" in error_of(main, argv)  # is missing
     make_folders(tmp_path)
-    (tmp_path / name).mkdir()
-    with pytest.raises(SystemExit, match=f"^error: .*{Path(name).name}"):
-        module.main(["--data-dir", "."])  # the folder is empty
-    shutil.copy(tmp_path / "test" / "red" / "0.png", tmp_path / name)
-    with pytest.raises(SystemExit, match="^error: classes ") as refused:
-        module.main(["--data-dir", "."])
-    classes = ["blue", "green", "red"]
-    more = sorted([*classes, Path(name).name])
-    train, test = (more, classes) if "train" in name else (classes, more)
-    assert str(refused.value) == f"error: classes {train} in train, {test} in test"
+    (tmp_path / "test" / "red").rename(tmp_path / "test" / "pink")
+    train, test = ["blue", "green", "red"], ["blue", "green", "pink"]
+    assert error_of(main, argv) == f"error: classes {train} in train, {test} in test"
 
-
-def test_image_folder_is_missing(recipe):
-    with pytest.raises(SystemExit, match="^error: .*nowhere"):
-        recipe("image-folder").main(["--data-dir", "nowhere"])
+    hidden = tmp_path / "train" / ".ipynb_checkpoints"
+    hidden.mkdir()
+    assert hidden.name in error_of(main, argv)  # is empty
+    shutil.copy(tmp_path / "train" / "red" / "0.png", hidden)
+    train = [hidden.name, *train]
+    assert error_of(main, argv) == f"error: classes {train} in train, {test} in test"
 
 
 def test_load_image(recipe):
@@ -288,7 +283,7 @@ def test_image_folder_leaves_no_worker_behind(recipe, tmp_path):
 
 
 def test_regression(recipe, small_mnist, monkeypatch):
-    """A target with mean 100 and standard deviation 4."""
+    """A target with mean 100 and standard deviation 4, on the training set."""
     module = recipe("regression")
 
     train_set, test_set, _ = common.load_mnist(small_mnist)
@@ -300,9 +295,11 @@ def test_regression(recipe, small_mnist, monkeypatch):
     train_set, test_set = with_targets(train_set), with_targets(test_set)
     monkeypatch.setattr(module, "load_mnist", lambda _: (train_set, test_set, "ink"))
     result = run(module, small_mnist, *TRAIN)
+    assert_close([result.state.target_mean, result.state.target_std], [100, 4])
     x, y = common.numpy_collate(test_set)
     predictions = np.asarray(module.apply_model(result.state, x))
     assert predictions.shape == (300,)
+    assert module.apply_model(result.state, x[:1]).shape == (1,)
     rmse = np.sqrt(np.mean((predictions - y) ** 2))
     assert rmse < 2
     assert result.accuracy == pytest.approx(rmse, rel=1e-4)
