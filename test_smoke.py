@@ -2,9 +2,9 @@
 
     python test_smoke.py
 
-takes about 15 seconds and needs neither MNIST nor a network: the scripts train on
-digits they draw themselves. If all scripts fail, then jax, torch, numpy or pillow is
-broken, and the last line of the traceback says which. If only mlp_flax.py and
+takes some 20 seconds and needs neither MNIST nor a network: the scripts train on
+digits they draw themselves. If all scripts fail, then jax, torch, torchvision, numpy or
+pillow is broken, and the last line of the traceback says which. If only mlp_flax.py and
 mlp_flax_bn_dropout.py fail, it is flax or optax, or a version that does not fit jax.
 """
 
