@@ -2,7 +2,7 @@
 
     python test_smoke.py
 
-takes some 20 seconds and needs neither MNIST nor a network: the scripts train on
+takes half a minute and needs neither MNIST nor a network: the scripts train on
 digits they draw themselves. If all scripts fail, then jax, torch, torchvision, numpy or
 pillow is broken, and the last line of the traceback says which. If only mlp_flax.py and
 mlp_flax_bn_dropout.py fail, it is flax or optax, or a version that does not fit jax.
