@@ -69,6 +69,8 @@ def test_cnn_and_its_export(recipe, small_mnist, batch):
     state = result.state
     shapes = [layer["kernel"].shape for layer in state.params.values()]
     assert shapes == [(3, 3, 1, 32), (3, 3, 32, 64), (7 * 7 * 64, 10)]
+    logits, _ = module.CNN(num_classes=3).init_with_output(jax.random.key(0), batch[0])
+    assert logits.shape == (40, 3)
 
     weights = np.load("weights.npz")
     hidden = torch.from_numpy(batch[0]).reshape(-1, 1, 28, 28)
@@ -224,7 +226,9 @@ def test_image_folder_takes_examples_of_all_classes(recipe, tmp_path, monkeypatc
         return common.NumpyLoader(dataset, *arguments, **options)
 
     monkeypatch.setattr(module, "NumpyLoader", loader)
-    run(module, ".", "--train-examples", 20, "--batch-size", 20, "--max-steps", 0)
+    for _ in range(2):
+        run(module, ".", "--train-examples", 20, "--batch-size", 20, "--max-steps", 0)
+    assert list(datasets[0].indices) == list(datasets[3].indices)
     for dataset in datasets[:2]:  # for training, and for the training accuracy
         assert len(dataset) == 20
         assert {y for _, y in dataset} == {0, 1, 2}

@@ -29,6 +29,17 @@ def test_two_half_batches_train_like_one_batch(recipe, plain, small_mnist):
         assert float(line["loss"]) == pytest.approx(float(expected["loss"]), abs=2e-3)
 
 
+def test_accumulated_gradients_are_averaged(recipe):
+    """Adam alone would hide a sum. Its average mu has a tenth of what it was given."""
+    state = recipe("accumulate").create_train_state(jax.random.key(0), 0.1, 100)
+    update, opt_state = jax.jit(state.tx.update), state.opt_state
+    for size in (1.0, 3.0):
+        grads = full_like(state.params, size)
+        _, opt_state = update(grads, opt_state, state.params)
+    mu = optax.tree_utils.tree_get(opt_state, "mu")
+    assert_close(mu, full_like(state.params, 0.1 * 2.0))
+
+
 def test_accumulating_more_batches_than_there_are(recipe, small_mnist):
     module = recipe("accumulate")
     with pytest.raises(SystemExit, match="^error: 1 steps, but 2 for an update$"):

@@ -6,6 +6,7 @@ import re
 import runpy
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -110,11 +111,12 @@ def test_keys(script, whole_run, small_mnist):
     init_key, shuffle_key, *dropout_key = jax.random.split(jax.random.key(3), n)
     steps = whole_run(script).steps
     if script is STAGE_1:
-        expected = script.init_network_params(script.LAYER_SIZES, init_key)
+        create = partial(script.init_network_params, script.LAYER_SIZES)
     else:
-        expected = script.create_train_state(init_key, 1e-3, 20)
+        create = partial(script.create_train_state, learning_rate=1e-3, total_steps=20)
         assert all(step.rest == tuple(dropout_key) for step in steps)
-    assert equal(steps[0].before, expected)
+    assert equal(steps[0].before, create(init_key))
+    assert not equal(steps[0].before, create(shuffle_key))
     sampler = JAXRandomSampler(range(650), shuffle_key)
     epochs = [list(sampler), list(sampler)]
     order = [*epochs[0][:640], *epochs[1][:640]]  # whole batches only
