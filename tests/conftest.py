@@ -6,8 +6,8 @@ import shutil
 import tempfile
 
 # Most of the time would go into compiling. Many tests compile the same programs, so once
-# is enough; and for so few steps, XLA need not optimize. Set before JAX is imported. The
-# other two settings are for GPUs: same bits each time, and no rounding to TF32.
+# is enough; and for so few steps, XLA need not optimize. On GPUs, also ask for the same
+# bits each time, and for no rounding to TF32. All this is set before JAX is imported.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_gpu_deterministic_ops=true",

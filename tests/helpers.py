@@ -133,18 +133,14 @@ def assert_resumes(script, data_dir, *options, record=False):
 
     Returns the whole run. Its checkpoint is the file `whole` in the current directory.
     """
-    save, whole_path, killed_path = (
-        script.save_checkpoint,
-        Path("whole"),
-        Path("killed"),
-    )
+    whole_path, killed_path = Path("whole"), Path("killed")
+    save = script.save_checkpoint
 
     def save_and_copy(path, *args):
         save(path, *args)
         if not killed_path.exists():
-            for file in Path().glob(
-                "whole*"
-            ):  # recipes/best.diff saves whole.best first
+            # All files, because recipes/best.diff also saves whole.best, and that first.
+            for file in Path().glob("whole*"):
                 shutil.copy(file, file.name.replace("whole", "killed"))
 
     options = [*options, "--checkpoint"]
@@ -152,6 +148,11 @@ def assert_resumes(script, data_dir, *options, record=False):
         patch.setattr(script, "save_checkpoint", save_and_copy)
         whole = run(script, data_dir, *options, whole_path, record=record)
     killed = run(script, data_dir, *options, killed_path)
+    evaluations, rest = (
+        [line for line in result.lines if line.startswith("epoch ")]
+        for result in (whole, killed)
+    )
+    assert rest == evaluations[1:], "it began anew"
     assert equal(killed.state, whole.state)
     assert killed_path.read_bytes() == whole_path.read_bytes()
     return whole

@@ -129,7 +129,8 @@ def test_devices(recipe, plain, small_mnist, tmp_path):
 
 def test_devices_in_one_process(recipe, plain, small_mnist):
     """On the one device of most machines."""
-    whole = assert_resumes(recipe("devices"), small_mnist, *FORTY_STEPS)
+    options = [*FORTY_STEPS, "--eval-every", 13]
+    whole = assert_resumes(recipe("devices"), small_mnist, *options)
     assert_close(whole.state, plain.state, 1e-3, 1e-5)
 
 
