@@ -1,16 +1,17 @@
 """Stage 3: dropout and batch statistics, in training and in evaluation."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import torch
-from helpers import assert_close
+from helpers import STAGE_3, assert_close
 from pytorch_mnist import make_model
 
 from mlp_flax_bn_dropout import (
-    LAYER_SIZES,
     MLP,
     apply_model,
     create_train_state,
@@ -60,7 +61,8 @@ def copy(state):
 
 def test_evaluation_uses_running_averages(trained, batch, model):
     variables = {"params": trained.params, "batch_stats": trained.batch_stats}
-    logits = trained.apply_fn(variables, batch[0], train=False)
+    apply = jax.jit(partial(trained.apply_fn, train=False))
+    logits = apply(variables, batch[0])
     expected = model.eval()(tensor(batch[0])).detach()
     assert_close(logits, expected, 1e-3, 1e-4)
     predicted = apply_model(trained, batch[0])
@@ -76,7 +78,7 @@ def test_training_uses_batch_statistics_and_updates_the_averages(trained, batch,
 
     sgd = optax.sgd(1.0)
     state = copy(trained).replace(
-        apply_fn=MLP(LAYER_SIZES, (0.0, 0.0)).apply,
+        apply_fn=MLP(STAGE_3.LAYER_SIZES, (0.0, 0.0)).apply,
         tx=sgd,
         opt_state=sgd.init(trained.params),
     )
@@ -115,14 +117,14 @@ def test_dropout_drops_the_given_fractions_before_batchnorm(trained, batch):
         mutable=["batch_stats", "intermediates"],
         capture_intermediates=True,
     )
-    outputs = updates["intermediates"]
+    outputs, stats = jax.device_get((updates["intermediates"], updates["batch_stats"]))
     for i, rate in enumerate((0.3, 0.4)):
         before = outputs[f"layers_{i}"]["__call__"][0] > 0
         after = outputs[f"dropouts_{i}"]["__call__"][0]
         assert abs(1 - (after > 0).sum() / before.sum() - rate) < 0.03
         old = trained.batch_stats[f"norms_{i}"]["mean"]
         mean = 0.9 * old + 0.1 * after.mean(axis=0)
-        assert_close(updates["batch_stats"][f"norms_{i}"]["mean"], mean)
+        assert_close(stats[f"norms_{i}"]["mean"], mean)
 
 
 def test_old_state_is_donated(trained, batch):

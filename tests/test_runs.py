@@ -15,7 +15,17 @@ import numpy as np
 import optax
 import pytest
 from flax import serialization
-from helpers import LINE, STAGE_1, STAGE_2, STAGE_3, TWENTY_STEPS, equal, error_of, run
+from helpers import (
+    LINE,
+    STAGE_1,
+    STAGE_2,
+    STAGE_3,
+    TWENTY_STEPS,
+    equal,
+    error_of,
+    import_file,
+    run,
+)
 
 import common
 from common import JAXRandomSampler, NumpyLoader, numpy_collate
@@ -43,7 +53,8 @@ def use_data(monkeypatch):
 
 
 def test_log_of_an_untrained_network_with_the_defaults(script, small_mnist):
-    result = run(script, small_mnist, "--max-steps", 0)
+    as_it_is = import_file(script.__file__, "as_it_is")
+    result = run(as_it_is, small_mnist, "--max-steps", 0)
     parameters, batch_size, rates = {
         STAGE_1: ("669,706", 32, "0.3 to 0.1"),
         STAGE_2: ("669,706", 32, "0.001 to 1e-05"),
