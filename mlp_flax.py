@@ -61,7 +61,7 @@ def create_train_state(
     The optimizer is Adam, with a linear decay of the learning rate.
     """
     model = MLP(LAYER_SIZES)
-    init = jax.jit(model.init)  # faster when compiled, too
+    init = jax.jit(model.init)  # compiled, it is faster
     variables = init(init_key, jnp.zeros((1, LAYER_SIZES[0])))
 
     final_rate = learning_rate * LEARNING_RATE_DECAY

@@ -81,7 +81,7 @@ def create_train_state(
     The optimizer is Adam, with a linear decay of the learning rate.
     """
     model = MLP(LAYER_SIZES, DROPOUT_RATES)
-    init = jax.jit(partial(model.init, train=False))  # faster when compiled, too
+    init = jax.jit(partial(model.init, train=False))  # compiled, it is faster
     variables = init(init_key, jnp.zeros((1, LAYER_SIZES[0])))
 
     final_rate = learning_rate * LEARNING_RATE_DECAY
