@@ -117,6 +117,7 @@ def test_fashion(recipe, plain, small_mnist, tmp_path, monkeypatch):
     monkeypatch.setattr(FashionMNIST, "__getitem__", count_and_read)
     result = run(module, tmp_path, *TRAIN)
     assert equal(result.state, plain.state)
+    assert result.accuracy == plain.accuracy
     assert result.lines[0].startswith("run: FashionMNIST, 650 training images, ")
     assert len(decoded) <= 650 + 650 + 2  # list() also asks for one past the end
 
