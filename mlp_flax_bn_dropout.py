@@ -81,7 +81,7 @@ def create_train_state(
     The optimizer is Adam, with a linear decay of the learning rate.
     """
     model = MLP(LAYER_SIZES, DROPOUT_RATES)
-    init = jax.jit(partial(model.init, train=False))  # compiled, it is faster
+    init = jax.jit(partial(model.init, train=False))  # faster than op by op
     variables = init(init_key, jnp.zeros((1, LAYER_SIZES[0])))
 
     final_rate = learning_rate * LEARNING_RATE_DECAY
@@ -229,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> tuple[TrainState, float]:
         print(f"resuming after step {state.step}")
 
     start = int(state.step)
-    # Batches are NumPy arrays; the jitted train_step moves them to the device.
+    # Batches are NumPy arrays; the jitted step moves them to the device.
     batches = train_loader.batches_from(start)
     losses = []
     for step in range(start + 1, last_step + 1):

@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> tuple[Params, float]:
     print(f"run: {run}")
     print(f"device: {jax.devices()[0].device_kind}")
 
-    # Batches are NumPy arrays; the jitted sgd_update moves them to the device.
+    # Batches are NumPy arrays; the jitted step moves them to the device.
     batches = train_loader.batches_from(step=0)
     losses = []
     for step in range(1, last_step + 1):

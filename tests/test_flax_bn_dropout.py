@@ -11,12 +11,7 @@ import torch
 from helpers import STAGE_3, assert_close
 from pytorch_mnist import make_model
 
-from mlp_flax_bn_dropout import (
-    MLP,
-    apply_model,
-    create_train_state,
-    train_step,
-)
+from mlp_flax_bn_dropout import MLP, apply_model, create_train_state, train_step
 
 KEY = jax.random.key(5)
 

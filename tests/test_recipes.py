@@ -10,7 +10,7 @@ import sys
 from itertools import permutations
 
 import pytest
-from helpers import ROOT, SMALL_LAYERS, import_file, run
+from helpers import ROOT, SMALL_LAYERS, assert_resumes, import_file
 
 RECIPES = sorted(path.stem for path in ROOT.glob("recipes/*.diff"))
 SCRIPT = (ROOT / "mlp_flax.py").read_text()
@@ -127,13 +127,16 @@ def test_which_fit_stage_3(tmp_path):
 
 # Those that fit; but best and log, and best and devices, change the same lines.
 @pytest.mark.parametrize("names", [["best"], sorted(FIT_STAGE_3 - {"best"})], ids=len)
-def test_stage_3_with_recipes_learns(names, small_mnist, tmp_path, monkeypatch):
+def test_stage_3_with_recipes_learns_and_resumes(
+    names, small_mnist, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     assert patch_stage_3(tmp_path, *names)
     script = import_file("stage_3.py", "mlp_stage_3")
     script.LAYER_SIZES = SMALL_LAYERS
     options = ["--epochs", 4, "--batch-size", 64, "--learning-rate", 0.01]
-    assert run(script, small_mnist, *options).accuracy > 0.4
+    whole = assert_resumes(script, small_mnist, *options, "--eval-every", 15)
+    assert whole.accuracy > 0.4
 
 
 def update(clone):
