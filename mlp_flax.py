@@ -1,14 +1,15 @@
-"""Stage 2: an MLP on MNIST with Flax, Optax and a TrainState.
+"""Stage 2: an MLP on MNIST with Flax Linen, Optax and a TrainState.
 
 This stage shows that
-- a Flax module stores no parameters: `init` returns them, and `apply` takes them;
+- a Linen module stores no parameters: `init` calls it with a key and returns them, and
+  `apply` calls it with them;
 - Optax turns gradients into updates, and a schedule is part of the optimizer;
 - a TrainState holds all that training changes: parameters, optimizer state, number of
   steps. So a training step is a function from the old state to the new one, and a
   checkpoint is a saved state.
 
-Run `python mlp_flax.py`. 5 epochs take less than a minute on two CPU cores
-and reach 98.6% test accuracy (mean of five seeds).
+Run `python mlp_flax.py`. Unchanged, it trains for 5 epochs in less than a minute on two
+CPU cores and reaches 98.6% test accuracy (mean of five seeds).
 """
 
 import argparse
@@ -38,9 +39,13 @@ EVAL_BATCH_SIZE = 2000
 
 
 class MLP(nn.Module):
-    """Dense layers with ReLU between them."""
+    """Dense layers with ReLU between them.
 
-    layer_sizes: Sequence[int]  # a field is an argument of the constructor
+    A module is a dataclass: its fields are the arguments of its constructor. `setup`
+    is PyTorch's `__init__`, `__call__` is `forward`.
+    """
+
+    layer_sizes: Sequence[int]
 
     def setup(self) -> None:
         # Dense infers its number of inputs from the example that init is given.
@@ -61,7 +66,7 @@ def create_train_state(
     The optimizer is Adam, with a linear decay of the learning rate.
     """
     model = MLP(LAYER_SIZES)
-    init = jax.jit(model.init)  # faster than op by op
+    init = jax.jit(model.init)  # one compilation, not one per op
     variables = init(init_key, jnp.zeros((1, LAYER_SIZES[0])))
 
     final_rate = learning_rate * LEARNING_RATE_DECAY
@@ -75,7 +80,7 @@ def create_train_state(
     )
 
 
-@partial(jax.jit, donate_argnums=0)
+@partial(jax.jit, donate_argnames="state")
 def train_step(state: TrainState, x: Array, y: Array) -> tuple[TrainState, Array]:
     """Take one step on images x (B, 784) and their classes y (B,), from 0 to 9.
 
@@ -87,8 +92,8 @@ def train_step(state: TrainState, x: Array, y: Array) -> tuple[TrainState, Array
         logits = state.apply_fn({"params": params}, x)  # (B, classes)
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
-    grad_fn = jax.value_and_grad(loss_fn)
-    loss, grads = grad_fn(state.params)
+    loss, grads = jax.value_and_grad(loss_fn)(state.params)
+    # This calls Optax's tx.update and apply_updates, and adds 1 to state.step.
     return state.apply_gradients(grads=grads), loss
 
 
@@ -124,30 +129,24 @@ def load_checkpoint(path: Path, run: str, state: TrainState) -> TrainState:
         if saved["run"] != run:
             sys.exit(f"error: {path} is from another run: {saved['run']}")
         return serialization.from_state_dict(state, saved["state"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         sys.exit(f"error: {path} is not a checkpoint of this script: {error}")
-
-
-def count(text: str) -> int:
-    if int(text) < 0:
-        raise ValueError  # argparse reports it with the option and the value
-    return int(text)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Train an MLP on MNIST with Flax, Optax and a TrainState.",
+        description="Train a model with Flax, Optax and a TrainState.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("--data-dir", type=Path, default=DATA_DIR, help="where MNIST is, or will go")
-    add("--epochs", type=count, default=EPOCHS, help="passes over the training set")
-    add("--batch-size", type=count, default=BATCH_SIZE, help="images per step")
+    add("--epochs", type=int, default=EPOCHS, help="passes over the training set")
+    add("--batch-size", type=int, default=BATCH_SIZE, help="images per step")
     add("--learning-rate", type=float, default=LEARNING_RATE, help="initial value")
-    add("--seed", type=count, default=0, help="random seed")
-    add("--max-steps", type=count, help="end the run early, after N steps")
-    add("--train-examples", type=count, help="train on the first N images only")
-    add("--eval-every", type=count, help="evaluate every N steps; None: every epoch")
+    add("--seed", type=int, default=0, help="random seed, below 2**32")
+    add("--max-steps", type=int, help="end the run early, after N steps")
+    add("--train-examples", type=int, help="train on the first N images only")
+    add("--eval-every", type=int, help="evaluate every N steps, not every epoch")
     add("--checkpoint", type=Path, help="save to this file, and resume from it")
     return parser.parse_args(argv)
 
@@ -180,8 +179,8 @@ def main(argv: Sequence[str] | None = None) -> tuple[TrainState, float]:
 
     state = create_train_state(init_key, args.learning_rate, total_steps)
     num_params = sum(p.size for p in jax.tree.leaves(state.params))
-    # A checkpoint is resumed only if this description is the same. It does not know
-    # your code and your data: add what you vary.
+    # A checkpoint is resumed only if its description is the same. Changes of code or
+    # data do not show in it: add what you vary.
     run = (
         f"{data_name}, {len(train_set):,} training images, "
         f"{num_params:,} parameters, "

@@ -1,13 +1,13 @@
 """Stage 3: an MLP on MNIST with Dropout and BatchNorm.
 
 This stage shows that
-- dropout needs a random key, a new one for every step;
+- dropout needs a random key, a new one for every step: `fold_in` derives it;
 - batch statistics are not parameters: the forward pass returns them with the logits,
   and the train state carries them where the optimizer does not see them;
 - the model has to be told whether it is being trained or evaluated.
 
-Run `python mlp_flax_bn_dropout.py`. 5 epochs take less than a minute on two CPU
-cores and reach 98.4% test accuracy (mean of five seeds), and more without dropout.
+Run `python mlp_flax_bn_dropout.py`. Unchanged, it trains for 5 epochs in less than a
+minute on two CPU cores and reaches 98.4% test accuracy (mean of five seeds).
 """
 
 import argparse
@@ -39,31 +39,30 @@ EVAL_BATCH_SIZE = 2000
 
 
 class MLP(nn.Module):
-    """Dense layers with ReLU, Dropout and BatchNorm between them.
+    """Dense layers with ReLU, BatchNorm and Dropout between them.
 
-    The order is that of the article (see README.md). In your own model, put Dropout
-    after BatchNorm: it changes the variance in training but not in evaluation, so that
-    a BatchNorm after it evaluates with a wrong variance (Li et al., arXiv:1801.05134).
+    BatchNorm comes before Dropout, which changes the variance in training only: after
+    it, BatchNorm would evaluate with a wrong one (Li et al., arXiv:1801.05134).
     """
 
-    layer_sizes: Sequence[int]  # a field is an argument of the constructor
+    layer_sizes: Sequence[int]
     dropout_rates: Sequence[float]
 
     def setup(self) -> None:
         # Dense infers its number of inputs from the example that init is given.
         self.layers = [nn.Dense(size) for size in self.layer_sizes[1:]]
-        self.dropouts = [nn.Dropout(rate) for rate in self.dropout_rates]
         # PyTorch's 0.1 is 0.9 here. Flax's default, 0.99, averages over ten times as
         # many steps, too many for a short run.
         self.norms = [nn.BatchNorm(momentum=0.9) for _ in self.dropout_rates]
+        self.dropouts = [nn.Dropout(rate) for rate in self.dropout_rates]
 
     def __call__(self, x: Array, train: bool) -> Array:
         """Return the logits (B, 10) of images (B, 784)."""
         hidden = self.layers[:-1]
-        for layer, dropout, norm in zip(hidden, self.dropouts, self.norms, strict=True):
+        for layer, norm, dropout in zip(hidden, self.norms, self.dropouts, strict=True):
             x = nn.relu(layer(x))
-            x = dropout(x, deterministic=not train)
             x = norm(x, use_running_average=not train)
+            x = dropout(x, deterministic=not train)
         return self.layers[-1](x)
 
 
@@ -81,7 +80,7 @@ def create_train_state(
     The optimizer is Adam, with a linear decay of the learning rate.
     """
     model = MLP(LAYER_SIZES, DROPOUT_RATES)
-    init = jax.jit(partial(model.init, train=False))  # faster than op by op
+    init = jax.jit(partial(model.init, train=False))  # one compilation, not one per op
     variables = init(init_key, jnp.zeros((1, LAYER_SIZES[0])))
 
     final_rate = learning_rate * LEARNING_RATE_DECAY
@@ -96,7 +95,7 @@ def create_train_state(
     )
 
 
-@partial(jax.jit, donate_argnums=0)
+@partial(jax.jit, donate_argnames="state")
 def train_step(
     state: CustomTrainState, x: Array, y: Array, dropout_key: Array
 ) -> tuple[CustomTrainState, Array]:
@@ -112,14 +111,14 @@ def train_step(
             {"params": params, "batch_stats": state.batch_stats},
             x,
             train=True,
-            rngs={"dropout": step_key},  # Flax derives one for each layer
+            rngs={"dropout": step_key},  # Flax derives a key for each Dropout
             mutable=["batch_stats"],  # so apply returns their new values, too
         )
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
         return loss, updates["batch_stats"]
 
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-    (loss, batch_stats), grads = grad_fn(state.params)
+    (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    # This calls Optax's tx.update and apply_updates, and adds 1 to state.step.
     return state.apply_gradients(grads=grads, batch_stats=batch_stats), loss
 
 
@@ -156,14 +155,8 @@ def load_checkpoint(path: Path, run: str, state: TrainState) -> TrainState:
         if saved["run"] != run:
             sys.exit(f"error: {path} is from another run: {saved['run']}")
         return serialization.from_state_dict(state, saved["state"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         sys.exit(f"error: {path} is not a checkpoint of this script: {error}")
-
-
-def count(text: str) -> int:
-    if int(text) < 0:
-        raise ValueError  # argparse reports it with the option and the value
-    return int(text)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -173,13 +166,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--data-dir", type=Path, default=DATA_DIR, help="where MNIST is, or will go")
-    add("--epochs", type=count, default=EPOCHS, help="passes over the training set")
-    add("--batch-size", type=count, default=BATCH_SIZE, help="images per step")
+    add("--epochs", type=int, default=EPOCHS, help="passes over the training set")
+    add("--batch-size", type=int, default=BATCH_SIZE, help="images per step")
     add("--learning-rate", type=float, default=LEARNING_RATE, help="initial value")
-    add("--seed", type=count, default=0, help="random seed")
-    add("--max-steps", type=count, help="end the run early, after N steps")
-    add("--train-examples", type=count, help="train on the first N images only")
-    add("--eval-every", type=count, help="evaluate every N steps; None: every epoch")
+    add("--seed", type=int, default=0, help="random seed, below 2**32")
+    add("--max-steps", type=int, help="end the run early, after N steps")
+    add("--train-examples", type=int, help="train on the first N images only")
+    add("--eval-every", type=int, help="evaluate every N steps, not every epoch")
     add("--checkpoint", type=Path, help="save to this file, and resume from it")
     return parser.parse_args(argv)
 
@@ -212,8 +205,8 @@ def main(argv: Sequence[str] | None = None) -> tuple[TrainState, float]:
 
     state = create_train_state(init_key, args.learning_rate, total_steps)
     num_params = sum(p.size for p in jax.tree.leaves(state.params))
-    # A checkpoint is resumed only if this description is the same. It does not know
-    # your code and your data: add what you vary.
+    # A checkpoint is resumed only if its description is the same. Changes of code or
+    # data do not show in it: add what you vary.
     run = (
         f"{data_name}, {len(train_set):,} training images, "
         f"{num_params:,} parameters, "

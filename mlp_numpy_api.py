@@ -3,12 +3,13 @@
 This stage shows that
 - a random key is used once; `split` derives new keys from it;
 - the forward pass is written for one image, and `vmap` makes it work on a batch;
-- `grad` differentiates a function with respect to its first argument, and `jit`
-  compiles it, once for each combination of argument shapes and types;
-- a list of tuples is already a pytree, so one `tree.map` updates all parameters.
+- `value_and_grad` returns a function's value and its gradient with respect to the first
+  argument; `jit` compiles a function, once for each combination of shapes and types;
+- a pytree is any nest of lists, tuples and dicts with arrays as its leaves, such as a
+  list of (weights, biases): one `tree.map` updates all parameters.
 
-Run `python mlp_numpy_api.py`. 5 epochs take less than a minute on two CPU cores
-and reach 98.3% test accuracy (mean of five seeds).
+Run `python mlp_numpy_api.py`. Unchanged, it trains for 5 epochs in less than a minute
+on two CPU cores and reaches 98.3% test accuracy (mean of five seeds).
 """
 
 import argparse
@@ -112,12 +113,6 @@ def accuracy(params: Params, loader: NumpyLoader) -> float:
     return float(correct) / total
 
 
-def count(text: str) -> int:
-    if int(text) < 0:
-        raise ValueError  # argparse reports it with the option and the value
-    return int(text)
-
-
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Train an MLP on MNIST with jax.numpy, grad, jit and vmap.",
@@ -125,13 +120,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--data-dir", type=Path, default=DATA_DIR, help="where MNIST is, or will go")
-    add("--epochs", type=count, default=EPOCHS, help="passes over the training set")
-    add("--batch-size", type=count, default=BATCH_SIZE, help="images per step")
+    add("--epochs", type=int, default=EPOCHS, help="passes over the training set")
+    add("--batch-size", type=int, default=BATCH_SIZE, help="images per step")
     add("--learning-rate", type=float, default=LEARNING_RATE, help="initial value")
-    add("--seed", type=count, default=0, help="random seed")
-    add("--max-steps", type=count, help="end the run early, after N steps")
-    add("--train-examples", type=count, help="train on the first N images only")
-    add("--eval-every", type=count, help="evaluate every N steps; None: every epoch")
+    add("--seed", type=int, default=0, help="random seed, below 2**32")
+    add("--max-steps", type=int, help="end the run early, after N steps")
+    add("--train-examples", type=int, help="train on the first N images only")
+    add("--eval-every", type=int, help="evaluate every N steps, not every epoch")
     return parser.parse_args(argv)
 
 
