@@ -1,15 +1,15 @@
 """Stage 2: an MLP on MNIST with Flax Linen, Optax and a TrainState.
 
 This stage shows that
-- a Linen module stores no parameters: `init` calls it with a key and returns them, and
-  `apply` calls it with them;
-- Optax turns gradients into updates, and a schedule is part of the optimizer;
-- a TrainState holds all that training changes: parameters, optimizer state, number of
-  steps. So a training step is a function from the old state to the new one, and a
-  checkpoint is a saved state.
+- a Linen module stores no parameters: `init` calls the module with a key and returns
+  new ones, `apply` calls it with those it is given;
+- an Optax optimizer turns gradients into updates, and contains the schedule;
+- a TrainState holds everything that training changes: parameters, optimizer state,
+  number of steps. So a training step is a function from the old state to the new one,
+  and a checkpoint is a saved state.
 
-Run `python mlp_flax.py`. Unchanged, it trains for 5 epochs in less than a minute on two
-CPU cores and reaches 98.6% test accuracy (mean of five seeds).
+Run `python mlp_flax.py`. Unchanged, the script trains for 5 epochs in less than a
+minute on two CPU cores and reaches 98.6% test accuracy (mean of five seeds).
 """
 
 import argparse
@@ -30,25 +30,25 @@ from jax import Array
 
 from common import DATA_DIR, NumpyLoader, load_mnist
 
-LAYER_SIZES = (784, 512, 512, 10)  # inputs, then units of each layer
+LAYER_SIZES = (784, 512, 512, 10)  # input size, then units per layer
 EPOCHS = 5
 BATCH_SIZE = 32
 LEARNING_RATE = 1e-3
-LEARNING_RATE_DECAY = 1 / 100  # final learning rate / LEARNING_RATE
+LEARNING_RATE_DECAY = 1 / 100  # final / initial learning rate
 EVAL_BATCH_SIZE = 2000
 
 
 class MLP(nn.Module):
     """Dense layers with ReLU between them.
 
-    A module is a dataclass: its fields are the arguments of its constructor. `setup`
-    is PyTorch's `__init__`, `__call__` is `forward`.
+    A module is a dataclass: its fields are its constructor's arguments. `setup` plays
+    the role of PyTorch's `__init__`, and `__call__` that of `forward`.
     """
 
     layer_sizes: Sequence[int]
 
     def setup(self) -> None:
-        # Dense infers its number of inputs from the example that init is given.
+        # Dense infers its input size from the example that is passed to init.
         self.layers = [nn.Dense(size) for size in self.layer_sizes[1:]]
 
     def __call__(self, x: Array) -> Array:
@@ -61,10 +61,7 @@ class MLP(nn.Module):
 def create_train_state(
     init_key: Array, learning_rate: float, total_steps: int
 ) -> TrainState:
-    """Return a new state, with initial parameters.
-
-    The optimizer is Adam, with a linear decay of the learning rate.
-    """
+    """Initialize the parameters, and Adam with a linear decay of the learning rate."""
     model = MLP(LAYER_SIZES)
     init = jax.jit(model.init)  # one compilation, not one per op
     variables = init(init_key, jnp.zeros((1, LAYER_SIZES[0])))
@@ -82,10 +79,10 @@ def create_train_state(
 
 @partial(jax.jit, donate_argnames="state")
 def train_step(state: TrainState, x: Array, y: Array) -> tuple[TrainState, Array]:
-    """Take one step on images x (B, 784) and their classes y (B,), from 0 to 9.
+    """Take one step on images x (B, 784) and labels y (B,), from 0 to 9.
 
-    Returns the new state, and the loss before the update. The old state is donated:
-    its memory is reused, so it cannot be read again. A class -1 means the last one.
+    Returns the new state, and the loss before the update. The old state is donated (its
+    memory is reused): do not use it again. Labels below 0 count from the last class.
     """
 
     def loss_fn(params):
@@ -123,7 +120,7 @@ def save_checkpoint(path: Path, run: str, state: TrainState) -> None:
 
 
 def load_checkpoint(path: Path, run: str, state: TrainState) -> TrainState:
-    """Return `state` with the saved values; exit if they are from another run."""
+    """Return `state` with the saved values; exit if they are not from this run."""
     try:
         saved = serialization.msgpack_restore(path.read_bytes())
         if saved["run"] != run:
@@ -144,9 +141,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch-size", type=int, default=BATCH_SIZE, help="images per step")
     add("--learning-rate", type=float, default=LEARNING_RATE, help="initial value")
     add("--seed", type=int, default=0, help="random seed, below 2**32")
-    add("--max-steps", type=int, help="end the run early, after N steps")
-    add("--train-examples", type=int, help="train on the first N images only")
-    add("--eval-every", type=int, help="evaluate every N steps, not every epoch")
+    add("--max-steps", type=int, help="stop after this many steps")
+    add("--train-examples", type=int, help="number of training images, if not all")
+    add("--eval-every", type=int, help="steps between evaluations, if not an epoch")
     add("--checkpoint", type=Path, help="save to this file, and resume from it")
     return parser.parse_args(argv)
 
@@ -157,8 +154,8 @@ def main(argv: Sequence[str] | None = None) -> tuple[TrainState, float]:
     train_set, test_set, data_name = load_mnist(args.data_dir)
 
     # To tune, train on train_set[:50_000] and test on train_set[50_000:] instead.
-    if args.train_examples is not None:  # a list; for a Dataset, use torch's Subset
-        train_set = train_set[: args.train_examples]
+    if args.train_examples is not None:
+        train_set = train_set[: args.train_examples]  # a Dataset needs torch's Subset
 
     init_key, shuffle_key = jax.random.split(jax.random.key(args.seed))
     train_loader = NumpyLoader(
@@ -179,8 +176,8 @@ def main(argv: Sequence[str] | None = None) -> tuple[TrainState, float]:
 
     state = create_train_state(init_key, args.learning_rate, total_steps)
     num_params = sum(p.size for p in jax.tree.leaves(state.params))
-    # A checkpoint is resumed only if its description is the same. Changes of code or
-    # data do not show in it: add what you vary.
+    # Only a checkpoint with the same `run` is resumed. Changes of code or data do not
+    # show in it: add what you vary.
     run = (
         f"{data_name}, {len(train_set):,} training images, "
         f"{num_params:,} parameters, "
@@ -208,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> tuple[TrainState, float]:
             if not np.isfinite(mean_loss):
                 sys.exit(
                     f"error: the mean loss at step {step} is {mean_loss}: lower "
-                    "--learning-rate, or look for labels outside the model's classes"
+                    "--learning-rate, or check for labels outside the classes"
                 )
             losses = []
             epoch = (step - 1) // steps_per_epoch + 1
@@ -224,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> tuple[TrainState, float]:
             if args.checkpoint:
                 save_checkpoint(args.checkpoint, run, state)
 
-    test_accuracy = eval_model(state, test_loader)  # also if no step was taken
+    test_accuracy = eval_model(state, test_loader)  # even if no step was taken
     print(f"final test accuracy: {test_accuracy:.2%} ({data_name})")
     return state, test_accuracy
 

@@ -1,13 +1,13 @@
 """Stage 3: an MLP on MNIST with Dropout and BatchNorm.
 
 This stage shows that
-- dropout needs a random key, a new one for every step: `fold_in` derives it;
-- batch statistics are not parameters: the forward pass returns them with the logits,
-  and the train state carries them where the optimizer does not see them;
-- the model has to be told whether it is being trained or evaluated.
+- dropout needs a new random key for every step: `fold_in` derives it;
+- BatchNorm's running averages are not parameters: the forward pass returns them with
+  the logits, and the train state carries them where the optimizer does not see them;
+- the model has to be told whether it is training or evaluating.
 
-Run `python mlp_flax_bn_dropout.py`. Unchanged, it trains for 5 epochs in less than a
-minute on two CPU cores and reaches 98.4% test accuracy (mean of five seeds).
+Run `python mlp_flax_bn_dropout.py`. Unchanged, the script trains for 5 epochs in less
+than a minute on two CPU cores and reaches 98.4% test accuracy (mean of five seeds).
 """
 
 import argparse
@@ -29,30 +29,31 @@ from jax import Array
 
 from common import DATA_DIR, NumpyLoader, load_mnist
 
-LAYER_SIZES = (784, 512, 512, 10)  # inputs, then units of each layer
-DROPOUT_RATES = (0.3, 0.4)  # fraction of units dropped, for each hidden layer
+LAYER_SIZES = (784, 512, 512, 10)  # input size, then units per layer
+DROPOUT_RATES = (0.3, 0.4)  # fraction dropped after each hidden layer
 EPOCHS = 5
 BATCH_SIZE = 128
 LEARNING_RATE = 2e-3
-LEARNING_RATE_DECAY = 1 / 200  # final learning rate / LEARNING_RATE
+LEARNING_RATE_DECAY = 1 / 200  # final / initial learning rate
 EVAL_BATCH_SIZE = 2000
 
 
 class MLP(nn.Module):
     """Dense layers with ReLU, BatchNorm and Dropout between them.
 
-    BatchNorm comes before Dropout, which changes the variance in training only: after
-    it, BatchNorm would evaluate with a wrong one (Li et al., arXiv:1801.05134).
+    Each BatchNorm comes before its layer's Dropout. Dropout changes the variance in
+    training only, so that a BatchNorm directly after it would evaluate with a wrong
+    running average (Li et al., arXiv:1801.05134).
     """
 
     layer_sizes: Sequence[int]
     dropout_rates: Sequence[float]
 
     def setup(self) -> None:
-        # Dense infers its number of inputs from the example that init is given.
+        # Dense infers its input size from the example that is passed to init.
         self.layers = [nn.Dense(size) for size in self.layer_sizes[1:]]
-        # PyTorch's 0.1 is 0.9 here. Flax's default, 0.99, averages over ten times as
-        # many steps, too many for a short run.
+        # What PyTorch calls momentum=0.1. With Flax's default, 0.99, a third of the
+        # initial averages would be left after 100 steps.
         self.norms = [nn.BatchNorm(momentum=0.9) for _ in self.dropout_rates]
         self.dropouts = [nn.Dropout(rate) for rate in self.dropout_rates]
 
@@ -75,10 +76,7 @@ class CustomTrainState(TrainState):
 def create_train_state(
     init_key: Array, learning_rate: float, total_steps: int
 ) -> CustomTrainState:
-    """Return a new state, with initial parameters.
-
-    The optimizer is Adam, with a linear decay of the learning rate.
-    """
+    """Initialize the parameters, and Adam with a linear decay of the learning rate."""
     model = MLP(LAYER_SIZES, DROPOUT_RATES)
     init = jax.jit(partial(model.init, train=False))  # one compilation, not one per op
     variables = init(init_key, jnp.zeros((1, LAYER_SIZES[0])))
@@ -99,10 +97,10 @@ def create_train_state(
 def train_step(
     state: CustomTrainState, x: Array, y: Array, dropout_key: Array
 ) -> tuple[CustomTrainState, Array]:
-    """Take one step on images x (B, 784) and their classes y (B,), from 0 to 9.
+    """Take one step on images x (B, 784) and labels y (B,), from 0 to 9.
 
-    Returns the new state, and the loss before the update. The old state is donated:
-    its memory is reused, so it cannot be read again. A class -1 means the last one.
+    Returns the new state, and the loss before the update. The old state is donated (its
+    memory is reused): do not use it again. Labels below 0 count from the last class.
     """
     step_key = jax.random.fold_in(dropout_key, state.step)  # new masks at every step
 
@@ -112,7 +110,7 @@ def train_step(
             x,
             train=True,
             rngs={"dropout": step_key},  # Flax derives a key for each Dropout
-            mutable=["batch_stats"],  # so apply returns their new values, too
+            mutable=["batch_stats"],  # so that apply also returns the updated ones
         )
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
         return loss, updates["batch_stats"]
@@ -149,7 +147,7 @@ def save_checkpoint(path: Path, run: str, state: TrainState) -> None:
 
 
 def load_checkpoint(path: Path, run: str, state: TrainState) -> TrainState:
-    """Return `state` with the saved values; exit if they are from another run."""
+    """Return `state` with the saved values; exit if they are not from this run."""
     try:
         saved = serialization.msgpack_restore(path.read_bytes())
         if saved["run"] != run:
@@ -170,9 +168,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch-size", type=int, default=BATCH_SIZE, help="images per step")
     add("--learning-rate", type=float, default=LEARNING_RATE, help="initial value")
     add("--seed", type=int, default=0, help="random seed, below 2**32")
-    add("--max-steps", type=int, help="end the run early, after N steps")
-    add("--train-examples", type=int, help="train on the first N images only")
-    add("--eval-every", type=int, help="evaluate every N steps, not every epoch")
+    add("--max-steps", type=int, help="stop after this many steps")
+    add("--train-examples", type=int, help="number of training images, if not all")
+    add("--eval-every", type=int, help="steps between evaluations, if not an epoch")
     add("--checkpoint", type=Path, help="save to this file, and resume from it")
     return parser.parse_args(argv)
 
@@ -183,8 +181,8 @@ def main(argv: Sequence[str] | None = None) -> tuple[TrainState, float]:
     train_set, test_set, data_name = load_mnist(args.data_dir)
 
     # To tune, train on train_set[:50_000] and test on train_set[50_000:] instead.
-    if args.train_examples is not None:  # a list; for a Dataset, use torch's Subset
-        train_set = train_set[: args.train_examples]
+    if args.train_examples is not None:
+        train_set = train_set[: args.train_examples]  # a Dataset needs torch's Subset
 
     init_key, shuffle_key, dropout_key = jax.random.split(jax.random.key(args.seed), 3)
     train_loader = NumpyLoader(
@@ -205,8 +203,8 @@ def main(argv: Sequence[str] | None = None) -> tuple[TrainState, float]:
 
     state = create_train_state(init_key, args.learning_rate, total_steps)
     num_params = sum(p.size for p in jax.tree.leaves(state.params))
-    # A checkpoint is resumed only if its description is the same. Changes of code or
-    # data do not show in it: add what you vary.
+    # Only a checkpoint with the same `run` is resumed. Changes of code or data do not
+    # show in it: add what you vary.
     run = (
         f"{data_name}, {len(train_set):,} training images, "
         f"{num_params:,} parameters, "
@@ -235,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> tuple[TrainState, float]:
             if not np.isfinite(mean_loss):
                 sys.exit(
                     f"error: the mean loss at step {step} is {mean_loss}: lower "
-                    "--learning-rate, or look for labels outside the model's classes"
+                    "--learning-rate, or check for labels outside the classes"
                 )
             losses = []
             epoch = (step - 1) // steps_per_epoch + 1
@@ -251,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> tuple[TrainState, float]:
             if args.checkpoint:
                 save_checkpoint(args.checkpoint, run, state)
 
-    test_accuracy = eval_model(state, test_loader)  # also if no step was taken
+    test_accuracy = eval_model(state, test_loader)  # even if no step was taken
     print(f"final test accuracy: {test_accuracy:.2%} ({data_name})")
     return state, test_accuracy
 

@@ -1,15 +1,17 @@
 """Stage 1: an MLP on MNIST with jax.numpy, grad, jit, vmap and pytrees.
 
 This stage shows that
-- a random key is used once; `split` derives new keys from it;
+- each random key is used only once; `split` makes new keys from it;
 - the forward pass is written for one image, and `vmap` makes it work on a batch;
-- `value_and_grad` returns a function's value and its gradient with respect to the first
-  argument; `jit` compiles a function, once for each combination of shapes and types;
-- a pytree is any nest of lists, tuples and dicts with arrays as its leaves, such as a
-  list of (weights, biases): one `tree.map` updates all parameters.
+- `value_and_grad(loss)` is a function that returns the loss and its gradient with
+  respect to the first argument;
+- `jit` compiles a function once per combination of argument shapes and dtypes, whatever
+  the values;
+- a pytree is any nesting of lists, tuples and dicts with arrays as its leaves, such as
+  a list of (weights, biases): one `tree.map` updates all parameters.
 
-Run `python mlp_numpy_api.py`. Unchanged, it trains for 5 epochs in less than a minute
-on two CPU cores and reaches 98.3% test accuracy (mean of five seeds).
+Run `python mlp_numpy_api.py`. Unchanged, the script trains for 5 epochs in less than a
+minute on two CPU cores and reaches 98.3% test accuracy (mean of five seeds).
 """
 
 import argparse
@@ -24,18 +26,18 @@ from jax import Array
 
 from common import DATA_DIR, NumpyLoader, load_mnist
 
-LAYER_SIZES = (784, 512, 512, 10)  # inputs, then units of each layer
+LAYER_SIZES = (784, 512, 512, 10)  # input size, then units per layer
 EPOCHS = 5
 BATCH_SIZE = 32
 LEARNING_RATE = 0.3
-LEARNING_RATE_DECAY = 1 / 3  # final learning rate / LEARNING_RATE
+LEARNING_RATE_DECAY = 1 / 3  # final / initial learning rate
 EVAL_BATCH_SIZE = 2000
 
 Params = list[tuple[Array, Array]]
 
 
 def random_layer_params(m: int, n: int, key: Array) -> tuple[Array, Array]:
-    """Return the weights (n, m) and biases (n,) of a layer of n units with m inputs.
+    """Return the weights (n, m) and biases (n,) of a layer with m inputs and n units.
 
     Weights are normal with variance 2 / m (He et al., Delving Deep into Rectifiers,
     2015); biases are zero.
@@ -46,7 +48,7 @@ def random_layer_params(m: int, n: int, key: Array) -> tuple[Array, Array]:
 
 def init_network_params(sizes: Sequence[int], key: Array) -> Params:
     """Return a list of (weights, biases), one pair for each layer."""
-    # One key per layer: from the same key, layers would get the same random numbers.
+    # One key per layer: a shared key would give all layers the same random numbers.
     keys = jax.random.split(key, len(sizes) - 1)
     return [
         random_layer_params(m, n, layer_key)
@@ -59,38 +61,38 @@ def relu(x: Array) -> Array:
 
 
 def model_forward(params: Params, x: Array) -> Array:
-    """Return the logits (10,) of ONE image (784,)."""
+    """Return the logits (10,) of a single image (784,)."""
     for w, b in params[:-1]:
         x = relu(w @ x + b)
     w, b = params[-1]
     return w @ x + b
 
 
-# model_forward cannot take a batch: (512, 784) @ (B, 784) is a shape error. vmap maps
-# it over the first axis of x, with the same parameters for each image, so that images
-# (B, 784) give logits (B, 10).
+# model_forward cannot take a batch: (512, 784) @ (B, 784) is a shape error. in_axes
+# shares the parameters and maps over the first axis of x, so that images (B, 784) give
+# logits (B, 10).
 batched_forward = jax.jit(jax.vmap(model_forward, in_axes=(None, 0)))
 
 
 def one_hot(y: Array, k: int = 10) -> Array:
-    """Return the classes y (B,), integers from 0 to k - 1, as float32 (B, k).
+    """One-hot encode labels y (B,), from 0 to k - 1, as float32 (B, k).
 
-    Any other class becomes a row of zeros, which adds nothing to the loss, silently.
+    Any other label silently becomes zeros, and adds nothing to the loss.
     """
     return (y[:, None] == jnp.arange(k)).astype(jnp.float32)
 
 
 def loss(params: Params, x: Array, y: Array) -> Array:
-    """Return the mean cross-entropy on images x (B, 784) and their classes y (B,)."""
+    """Return the mean cross-entropy on images x (B, 784) and labels y (B,)."""
     logits = batched_forward(params, x)
-    # Without axis=-1, logsumexp would normalize over the whole batch, without an error.
+    # Without axis=-1, logsumexp would silently normalize over the whole batch.
     log_probs = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     return -(one_hot(y) * log_probs).sum(axis=-1).mean()
 
 
 @jax.jit
 def sgd_update(params: Params, x: Array, y: Array, lr: float) -> tuple[Params, Array]:
-    """Take one step of SGD on images x (B, 784) and their classes y (B,).
+    """Take one step of SGD on images x (B, 784) and labels y (B,).
 
     Returns the new parameters, and the loss before the update.
     """
@@ -124,9 +126,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch-size", type=int, default=BATCH_SIZE, help="images per step")
     add("--learning-rate", type=float, default=LEARNING_RATE, help="initial value")
     add("--seed", type=int, default=0, help="random seed, below 2**32")
-    add("--max-steps", type=int, help="end the run early, after N steps")
-    add("--train-examples", type=int, help="train on the first N images only")
-    add("--eval-every", type=int, help="evaluate every N steps, not every epoch")
+    add("--max-steps", type=int, help="stop after this many steps")
+    add("--train-examples", type=int, help="number of training images, if not all")
+    add("--eval-every", type=int, help="steps between evaluations, if not an epoch")
     return parser.parse_args(argv)
 
 
@@ -136,8 +138,8 @@ def main(argv: Sequence[str] | None = None) -> tuple[Params, float]:
     train_set, test_set, data_name = load_mnist(args.data_dir)
 
     # To tune, train on train_set[:50_000] and test on train_set[50_000:] instead.
-    if args.train_examples is not None:  # a list; for a Dataset, use torch's Subset
-        train_set = train_set[: args.train_examples]
+    if args.train_examples is not None:
+        train_set = train_set[: args.train_examples]  # a Dataset needs torch's Subset
 
     init_key, shuffle_key = jax.random.split(jax.random.key(args.seed))
     train_loader = NumpyLoader(
@@ -195,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> tuple[Params, float]:
                 flush=True,
             )
 
-    test_accuracy = accuracy(params, test_loader)  # also if no step was taken
+    test_accuracy = accuracy(params, test_loader)  # even if no step was taken
     print(f"final test accuracy: {test_accuracy:.2%} ({data_name})")
     return params, test_accuracy
 
