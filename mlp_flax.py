@@ -61,7 +61,7 @@ class MLP(nn.Module):
 def create_train_state(
     init_key: Array, learning_rate: float, total_steps: int
 ) -> TrainState:
-    """Initialize the parameters, and Adam with a linear decay of the learning rate."""
+    """Initialize the parameters, and the optimizer with its learning rate schedule."""
     model = MLP(LAYER_SIZES)
     init = jax.jit(model.init)  # one compilation, not one per op
     variables = init(init_key, jnp.zeros((1, LAYER_SIZES[0])))

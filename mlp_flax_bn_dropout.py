@@ -76,7 +76,7 @@ class CustomTrainState(TrainState):
 def create_train_state(
     init_key: Array, learning_rate: float, total_steps: int
 ) -> CustomTrainState:
-    """Initialize the parameters, and Adam with a linear decay of the learning rate."""
+    """Initialize the parameters, and the optimizer with its learning rate schedule."""
     model = MLP(LAYER_SIZES, DROPOUT_RATES)
     init = jax.jit(partial(model.init, train=False))  # one compilation, not one per op
     variables = init(init_key, jnp.zeros((1, LAYER_SIZES[0])))
