@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ["jax", "flax", "optax", "torch", "torchvision", "numpy"]
-PYTHONS = ["3.10", "3.11", "3.12", "3.13", "3.14"]
+PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 PRINT_VERSIONS = f"""
 import platform
 from importlib.metadata import version
