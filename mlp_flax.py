@@ -126,7 +126,7 @@ def load_checkpoint(path: Path, run: str, state: TrainState) -> TrainState:
         if saved["run"] != run:
             sys.exit(f"error: {path} is from another run: {saved['run']}")
         return serialization.from_state_dict(state, saved["state"])
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except Exception as error:
         sys.exit(f"error: {path} is not a checkpoint of this script: {error}")
 
 

@@ -1,6 +1,8 @@
-"""What the benchmarks share: options, timing in turn, tables."""
+"""What the benchmarks share: the scripts, options, timing in turn, tables."""
 
 import argparse
+import os
+import platform
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -9,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -22,11 +25,19 @@ SCRIPTS = {1: mlp_numpy_api, 2: mlp_flax, 3: mlp_flax_bn_dropout}
 
 
 def parse_args(doc: str, **counts: int) -> argparse.Namespace:
-    """Parse --data-dir, and an option for each keyword, with its default."""
+    """Parse --data-dir, and an option for each keyword; print what machine this is."""
     parser = argparse.ArgumentParser(description=doc)
     parser.add_argument("--data-dir", default=DATA_DIR)
     for name, default in counts.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [
+        line.partition(": ")[2] for line in lines if line.startswith("model name")
+    ]
+    print(f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores,")
+    print(f"jax {jax.__version__} on {jax.devices()[0].platform}, ", end="")
+    print(f"torch {torch.__version__} with {torch.get_num_threads()} threads")
     return parser.parse_args()
 
 
@@ -45,40 +56,31 @@ def epochs(
         yield
 
 
-def shuffled(permutation: Callable, batch_size: int, x: Any, y: Any) -> Iterator[tuple]:
-    """Yield batches of arrays or tensors, shuffled by a function such as randperm."""
-    for indices in permutation(len(x)).reshape(-1, batch_size):
-        yield x[indices], y[indices]
-
-
-def compare(
-    title: str, candidates: dict[str, Iterator[None]], rounds: int, images: int
+def time_in_turn(
+    candidates: dict[str, Iterator[None]], rounds: int, images: int
 ) -> dict[str, np.ndarray]:
-    """Time an epoch of each candidate in each round, print a table, return the times.
+    """Return the seconds of each candidate in each round, scaled to 60,000 images.
 
-    Times are in seconds for 60,000 images, from epochs of fewer. An epoch beforehand
-    compiles and does not count.
+    The candidates take turns. An epoch beforehand compiles and does not count.
     """
-    for candidate in candidates.values():
-        next(candidate)
     seconds = {name: np.zeros(rounds) for name in candidates}
-    for i in range(rounds):
+    for i in range(-1, rounds):
         for name, candidate in candidates.items():
             start = time.perf_counter()
             next(candidate)
-            seconds[name][i] = (time.perf_counter() - start) * 60_000 / images
-
-    first_row = next(iter(seconds.values()))
-    rows = [
-        [name, two_digits(s.min()), two_digits(np.median(s)), quartiles(s / first_row)]
-        for name, s in seconds.items()
-    ]
-    print_table([title, "minimum", "median", "ratio to the first row"], rows)
+            if i >= 0:
+                seconds[name][i] = (time.perf_counter() - start) * 60_000 / images
     return seconds
 
 
-def two_digits(seconds: float) -> str:
-    return f"{float(f'{seconds:.2g}'):g}"  # 110, not 1.1e+02
+def print_ratios(title: str, seconds: dict[str, np.ndarray]) -> None:
+    """Print each candidate's median, and the ratios of the first one's time to its."""
+    first = next(iter(seconds.values()))
+    rows = [
+        [name, f"{np.median(s):.2g}", quartiles(first / s)]
+        for name, s in seconds.items()
+    ]
+    print_table([title, "seconds", "ratio"], rows)
 
 
 def quartiles(ratios: np.ndarray) -> str:

@@ -1,26 +1,26 @@
 """Time an epoch of training: python benchmarks/training.py --data-dir DIR"""
 
+import shutil
 import subprocess
 import sys
 from functools import partial
 from importlib import import_module
 from itertools import islice
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import bench
 import jax
 import torch
 from bench import SCRIPTS, epochs
-from pytorch_mnist import make_model, make_step, usual_loader
+from pytorch_mnist import make_model, make_step
+from torch.utils.data import DataLoader, Subset
+from torchvision.datasets import MNIST
+from torchvision.transforms import ToTensor
 
 from common import NumpyLoader, load_mnist, numpy_collate
 
 TOTAL_STEPS = 10_000  # of the schedules; how long a step takes does not depend on it
-
-
-def make_loader(train_set, batch_size, key):
-    """Return the loader that the scripts train with."""
-    return NumpyLoader(train_set, key, batch_size, shuffle=True, drop_last=True)
 
 
 def start(stage, script):
@@ -41,7 +41,7 @@ def start(stage, script):
 
 
 def one_scan(stage, batches):
-    """Take a step on each of K batches, in one compiled call, on data on the device."""
+    """Take a step on each batch, in one compiled call, on data on the device."""
     state, step = start(stage, SCRIPTS[stage])
     on_device = jax.device_put(numpy_collate(batches))
 
@@ -52,22 +52,26 @@ def one_scan(stage, batches):
     return epochs(lambda: [on_device], state, steps)
 
 
-def pytorch_in_memory(stage, images, labels, compile_model=False):
-    model = make_model(stage)
-    if compile_model:
-        model = torch.compile(model)
-    batch_size = SCRIPTS[stage].BATCH_SIZE
-    tensors = partial(bench.shuffled, torch.randperm, batch_size, images, labels)
-    return epochs(tensors, None, make_step(stage, model, TOTAL_STEPS, fused=True))
+def pytorch(stage, make_batches, fused=None):
+    step = make_step(stage, make_model(stage), TOTAL_STEPS, fused)
+    return epochs(make_batches, None, step)
+
+
+def one_tensor(train_set, batch_size):
+    """Yield shuffled batches of one tensor of images, and one of labels."""
+    images, labels = map(torch.from_numpy, numpy_collate(train_set))
+    while True:
+        order = torch.randperm(len(images)).reshape(-1, batch_size)
+        yield ((images[indices], labels[indices]) for indices in order)
 
 
 def recipe(name):
     """Return mlp_flax.py with a recipe applied, as a module."""
     with TemporaryDirectory() as scratch:
-        patched = f"{scratch}/{name}_recipe.py"
-        command = ["patch", "-F0", "--silent", f"--output={patched}", "mlp_flax.py"]
-        diff = f"recipes/{name}.diff"
-        subprocess.run([*command, diff], cwd=bench.ROOT, check=True)
+        script = Path(shutil.copy(bench.ROOT / "mlp_flax.py", scratch))
+        diff = bench.ROOT / "recipes" / f"{name}.diff"
+        subprocess.run(["git", "apply", diff], cwd=scratch, check=True)
+        script.rename(script.with_name(f"{name}_recipe.py"))
         sys.path.insert(0, scratch)
         return import_module(f"{name}_recipe")
 
@@ -84,44 +88,28 @@ def scan_recipe(loader):
     return epochs(stacks, state, lambda *args: script.train_steps(*args)[0])
 
 
-def seeds_recipe(train_set):
-    """Train S seeds on 1/S of the images: as many steps as one seed's on all images."""
-    script = recipe("seeds")
-    images = train_set[: len(train_set) // script.NUM_SEEDS]
-    keys = jax.random.split(jax.random.key(0), script.NUM_SEEDS)
-    loaders = [make_loader(images, script.BATCH_SIZE, key) for key in keys]
-    create_states = jax.vmap(script.create_train_state, in_axes=(0, None, None))
-    state = create_states(keys, script.LEARNING_RATE, TOTAL_STEPS)
-
-    def batches():
-        return map(numpy_collate, zip(*loaders, strict=True))
-
-    return epochs(batches, state, lambda *args: script.train_step(*args)[0])
-
-
 def compare_stage(stage, train_set, args):
-    script = SCRIPTS[stage]
-    loader = make_loader(train_set, script.BATCH_SIZE, jax.random.key(0))
-    batches = list(loader)
-    images, labels = map(torch.from_numpy, numpy_collate(train_set))
-    tensors = images, labels.long()
-    usual = usual_loader(args.data_dir, script.BATCH_SIZE, len(train_set))
-    usual_step = make_step(stage, make_model(stage), TOTAL_STEPS)
+    script, n = SCRIPTS[stage], len(train_set)
+    options = {"batch_size": script.BATCH_SIZE, "shuffle": True, "drop_last": True}
+    loader = NumpyLoader(train_set, jax.random.key(0), **options)
+    batches, tensors = list(loader), one_tensor(train_set, script.BATCH_SIZE)
+    like_for_like = DataLoader(train_set, **options)
+    usual_set = Subset(MNIST(args.data_dir, transform=ToTensor()), range(n))
+    usual = DataLoader(usual_set, **options)
 
     candidates = {
         "epoch": epochs(loader.__iter__, *start(stage, script)),
+        "PyTorch, like for like": pytorch(stage, like_for_like.__iter__),
+        "PyTorch, in memory": pytorch(stage, tensors.__next__, fused=True),
+        "PyTorch, usual way": pytorch(stage, usual.__iter__),
         "batches ready": epochs(batches.__iter__, *start(stage, script)),
-        "loading alone": epochs(loader.__iter__),
-        "PyTorch in memory": pytorch_in_memory(stage, *tensors),
-        "`torch.compile`": pytorch_in_memory(stage, *tensors, compile_model=True),
-        "PyTorch, usual way": epochs(usual.__iter__, None, usual_step),
         "one `lax.scan`": one_scan(stage, batches),
     }
     if stage == 2:
         candidates["`scan.diff`"] = scan_recipe(loader)
         candidates["`nnx.diff`"] = epochs(loader.__iter__, *start(2, recipe("nnx")))
-        candidates["`seeds.diff`, per seed"] = seeds_recipe(train_set)
-    seconds = bench.compare(f"stage {stage}", candidates, args.rounds, len(train_set))
+    seconds = bench.time_in_turn(candidates, args.rounds, n)
+    bench.print_ratios(f"stage {stage}", seconds)
     if stage == 2:
         ratios = seconds["`scan.diff`"] / seconds["one `lax.scan`"]
         print("\n`scan.diff` / one `lax.scan`:", bench.quartiles(ratios))
