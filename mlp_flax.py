@@ -126,7 +126,7 @@ def load_checkpoint(path: Path, run: str, state: TrainState) -> TrainState:
         if saved["run"] != run:
             sys.exit(f"error: {path} is from another run: {saved['run']}")
         return serialization.from_state_dict(state, saved["state"])
-    except Exception as error:
+    except (OSError, LookupError, TypeError, ValueError) as error:
         sys.exit(f"error: {path} is not a checkpoint of this script: {error}")
 
 
