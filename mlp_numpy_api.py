@@ -11,7 +11,7 @@ This stage shows that
   a list of (weights, biases): one `tree.map` updates all parameters.
 
 Run `python mlp_numpy_api.py`. Unchanged, the script trains for 5 epochs in less than a
-minute on two CPU cores and reaches 98.3% test accuracy (mean of five seeds).
+minute on two CPU cores and reaches 98.4% test accuracy (mean of five seeds).
 """
 
 import argparse
