@@ -117,7 +117,7 @@ def compare_stage(stage, train_set, args):
 
 def main() -> None:
     # 12,800 images are whole numbers of batches of 32 and of 128.
-    args = bench.parse_args(__doc__, rounds=25, train_examples=12_800)
+    args = bench.parse_args(__doc__, rounds=12, train_examples=12_800)
     train_set, _, _ = load_mnist(args.data_dir)
     for stage in SCRIPTS:
         compare_stage(stage, train_set[: args.train_examples], args)
