@@ -54,7 +54,9 @@ def add_early_steps(curve: dict[int, float], steps: set[int], script, *options) 
 
 
 def result_row(name: str, accuracies: list[float], seconds=(), ratio="") -> list[str]:
-    mean = f"{np.mean(accuracies):.2f} ± {np.std(accuracies, ddof=1):.2f}"
+    mean = f"{np.mean(accuracies):.2f}"
+    if len(accuracies) > 1:
+        mean += f" ± {np.std(accuracies, ddof=1):.2f}"
     each_seed = ", ".join(f"{accuracy:.2f}" for accuracy in accuracies)
     median = f"{np.median(seconds):.0f}" if seconds else ""
     return [name, mean, each_seed, median, ratio]
@@ -84,7 +86,7 @@ def draw(curves: dict[int, list[dict[int, float]]]) -> None:
 
 
 def main() -> None:
-    args = bench.parse_args(__doc__, seeds=5, pytorch_seeds=2)
+    args = bench.parse_args(__doc__, seeds=5, pytorch_seeds=1)
     curves, rows = {}, []
     for stage, script in bench.SCRIPTS.items():
         steps = set(ARTICLE["step"][ARTICLE["stage"] == stage].tolist())
