@@ -43,7 +43,7 @@ class MLP(nn.Module):
 
     Each BatchNorm comes before its layer's Dropout. Dropout changes the variance in
     training only, so that a BatchNorm directly after it would evaluate with a wrong
-    running average (Li et al., arXiv:1801.05134).
+    variance (Li et al., arXiv:1801.05134).
     """
 
     layer_sizes: Sequence[int]

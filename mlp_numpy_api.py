@@ -1,4 +1,4 @@
-"""Stage 1: an MLP on MNIST with jax.numpy, grad, jit, vmap and pytrees.
+"""Stage 1: an MLP on MNIST with jax.numpy, value_and_grad, jit, vmap and pytrees.
 
 This stage shows that
 - each random key is used only once; `split` makes new keys from it;
