@@ -1,7 +1,5 @@
 """Run all seeds and draw: python benchmarks/learning_curves.py --data-dir DIR"""
 
-import contextlib
-import io
 import re
 import subprocess
 import sys
@@ -11,118 +9,110 @@ from pathlib import Path
 import bench
 import matplotlib.pyplot as plt
 import numpy as np
-import pytorch_mnist
 
 HERE = Path(__file__).parent
-ARTICLE = np.genfromtxt(
-    HERE / "article.csv", delimiter=",", names=True, dtype=(int, int, float)
-)
+# (stage, step, test accuracy in percent), one for each that the article prints
+ARTICLE = np.genfromtxt(HERE / "article.csv", delimiter=",", names=True)
+WITHOUT_DROPOUT = """
+import mlp_flax_bn_dropout
+mlp_flax_bn_dropout.DROPOUT_RATES = (0.0, 0.0)
+mlp_flax_bn_dropout.main()
+"""
 
 
-def time_process(*command: str) -> tuple[float, str]:
-    """Run a Python program; return the seconds that it takes, and what it prints."""
+def run(*command: str) -> tuple[float, dict[int, float]]:
+    """Run a Python program, as a process.
+
+    Returns the seconds that it takes, and the test accuracy in percent at each step at
+    which it evaluates.
+    """
     start = time.perf_counter()
-    output = subprocess.check_output([sys.executable, *command], text=True)
-    return time.perf_counter() - start, output
+    log = subprocess.check_output([sys.executable, *command], text=True)
+    seconds = time.perf_counter() - start
+    points = re.findall(r"step (\d+) .*test accuracy (\S+)%", log)
+    return seconds, {int(step): float(accuracy) for step, accuracy in points}
 
 
-def final_accuracy(output: str) -> float:
-    """Return the accuracy in the last line, in percent."""
-    return float(re.search(r"\nfinal test accuracy: (\S+)% \(MNIST\)", output)[1])
+def whole_runs(stage: int, each_seed: list[list[str]]) -> list[list[str]]:
+    """Return the rows of a table: seeds' last accuracies, seconds, ratio of seconds."""
+    script = bench.SCRIPTS[stage]
+    programs = {
+        f"`{script.__name__}.py`": [script.__file__],
+        "PyTorch, usual way": [HERE / "pytorch_mnist.py", f"--stage={stage}"],
+    }
+    if stage == 3:
+        programs["stage 3 without dropout"] = ["-c", WITHOUT_DROPOUT]
+    rows, seconds = [], np.zeros((len(each_seed), len(programs)))
+    finals = np.zeros_like(seconds)
+    for i, options in enumerate(each_seed):
+        for j, command in enumerate(programs.values()):
+            seconds[i, j], curve = run(*command, *options)
+            finals[i, j] = curve[max(curve)]
+    ratios = np.median(seconds[:, :1] / seconds, axis=0)
+    for name, accuracies, s, ratio in zip(programs, finals.T, seconds.T, ratios):
+        mean = f"{accuracies.mean():.2f} ± {accuracies.std(ddof=1):.2f}"
+        each = ", ".join(f"{accuracy:.2f}" for accuracy in accuracies)
+        rows.append([name, mean, each, f"{np.median(s):.0f}", f"{ratio:.2f}"])
+    return rows
 
 
-def evaluations(output: str) -> dict[int, float]:
-    """Return the test accuracy at each step of a log, in percent."""
-    points = re.findall(r"step (\d+) .*test accuracy (\S+)%", output)
-    return {int(step): float(accuracy) for step, accuracy in points}
+def learning_curve(stage: int, options: list[str]) -> dict[int, float]:
+    """Return the accuracy after step 1, each 100th of the first 1,000, each epoch."""
+    script = bench.SCRIPTS[stage].__file__
+    _, first = run(script, *options, "--max-steps=1")
+    _, early = run(script, *options, "--max-steps=1000", "--eval-every=100")
+    _, whole = run(script, *options)
+    return dict(sorted((first | early | whole).items()))
 
 
-def run_here(script, *options: str) -> str:
-    """Run a script in this process, which saves its imports; return what it prints."""
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        script.main(options)
-    return out.getvalue()
-
-
-def add_early_steps(curve: dict[int, float], steps: set[int], script, *options) -> None:
-    """Add the accuracy at every 100th of the first 1,000 steps, and at `steps`."""
-    curve |= evaluations(
-        run_here(script, *options, "--max-steps=1000", "--eval-every=100")
+def beside_the_article(stage: int, curves: list[dict[int, float]]) -> None:
+    """Print the means of the last evaluations that are not after the article's steps."""
+    theirs = ARTICLE[ARTICLE["stage"] == stage]
+    at = [max(step for step in curves[0] if step <= its) for its in theirs["step"]]
+    means = [np.mean([curve[step] for curve in curves]) for step in at]
+    header = [f"stage {stage}, step", *theirs["step"].astype(int)]
+    ours = ["the script", *(f"{mean:.2f}" for mean in means)]
+    bench.print_table(
+        header, [["article", *theirs["accuracy"]], ["at step", *at], ours]
     )
-    for step in steps - set(curve):
-        curve[step] = final_accuracy(run_here(script, *options, f"--max-steps={step}"))
+    print("ahead of the article at each:", bool(np.all(means > theirs["accuracy"])))
 
 
-def result_row(name: str, accuracies: list[float], seconds=(), ratio="") -> list[str]:
-    mean = f"{np.mean(accuracies):.2f}"
-    if len(accuracies) > 1:
-        mean += f" ± {np.std(accuracies, ddof=1):.2f}"
-    each_seed = ", ".join(f"{accuracy:.2f}" for accuracy in accuracies)
-    median = f"{np.median(seconds):.0f}" if seconds else ""
-    return [name, mean, each_seed, median, ratio]
+def draw(stage: int, curves: list[dict[int, float]], axis: plt.Axes) -> None:
+    steps = list(curves[0])
+    y = np.array([list(curve.values()) for curve in curves])
+    axis.fill_between(steps, y.min(axis=0), y.max(axis=0), alpha=0.3, lw=0)
+    axis.plot(steps, y.mean(axis=0), label=f"script, {len(y)} seeds")
+    theirs = ARTICLE[ARTICLE["stage"] == stage]
+    axis.plot(theirs["step"], theirs["accuracy"], "ko", mfc="w", label="article")
+
+    axis.set(xscale="log", xlim=(80, 15_000), ylim=(80, 100))
+    axis.set_xticks([100, 1000, 10_000], ["100", "1,000", "10,000"])
+    axis.set_title(f"stage {stage}: {bench.SCRIPTS[stage].__name__}.py", size="medium")
+    axis.grid(alpha=0.3)
 
 
-def draw(curves: dict[int, list[dict[int, float]]]) -> None:
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
+def main() -> None:
+    args = bench.parse_args(__doc__, seeds=5)
+    each_seed = [
+        [f"--data-dir={args.data_dir}", f"--seed={seed}"] for seed in range(args.seeds)
+    ]
     figure, axes = plt.subplots(
         1, 3, sharey=True, figsize=(9, 3.6), layout="constrained"
     )
-    for axis, (stage, script) in zip(axes, bench.SCRIPTS.items(), strict=True):
-        steps = sorted(curves[stage][0])
-        y = np.array([[curve[step] for step in steps] for curve in curves[stage]])
-        axis.fill_between(steps, y.min(axis=0), y.max(axis=0), alpha=0.3, lw=0)
-        axis.plot(steps, y.mean(axis=0), label=f"script, {len(y)} seeds")
-        points = ARTICLE[ARTICLE["stage"] == stage]
-        axis.plot(points["step"], points["accuracy"], "ko", mfc="w", label="article")
-
-        axis.set(xscale="log", xlim=(80, 15_000), ylim=(80, 100))
-        axis.set_xticks([100, 1000, 10_000], ["100", "1,000", "10,000"])
-        axis.set_title(f"stage {stage}: {script.__name__}.py", size="medium")
-        axis.grid(alpha=0.3)
+    table = []
+    for stage, axis in zip(bench.SCRIPTS, axes, strict=True):
+        table += whole_runs(stage, each_seed)
+        curves = [learning_curve(stage, options) for options in each_seed]
+        draw(stage, curves, axis)
+        if stage != 2:  # of which the article prints nothing
+            beside_the_article(stage, curves)
+    header = ["a whole run", "test accuracy, %", "each seed", "seconds", "ratio"]
+    bench.print_table(header, table)
     axes[0].legend(loc="lower right")
     axes[0].set_ylabel("test accuracy, %")
     figure.supxlabel("steps of 32 images; in stage 3, of 128", size="medium")
     figure.savefig(HERE / "learning_curves.png", dpi=150)
-
-
-def main() -> None:
-    args = bench.parse_args(__doc__, seeds=5, pytorch_seeds=1)
-    curves, rows = {}, []
-    for stage, script in bench.SCRIPTS.items():
-        steps = set(ARTICLE["step"][ARTICLE["stage"] == stage].tolist())
-        finals, seconds, their_finals, ratios = [], [], [], []
-        curves[stage], without_dropout = [], []
-        for seed in range(args.seeds):
-            options = [f"--data-dir={args.data_dir}", f"--seed={seed}"]
-            duration, output = time_process(script.__file__, *options)
-            seconds.append(duration)
-            finals.append(final_accuracy(output))
-            if seed < args.pytorch_seeds:
-                command = [pytorch_mnist.__file__, f"--stage={stage}", *options]
-                their_duration, their_output = time_process(*command)
-                their_finals.append(final_accuracy(their_output))
-                ratios.append(duration / their_duration)
-            curve = evaluations(output)
-            add_early_steps(curve, steps, script, *options)
-            curves[stage].append(curve)
-            if stage == 3:
-                rates, script.DROPOUT_RATES = script.DROPOUT_RATES, (0.0, 0.0)
-                without_dropout.append(final_accuracy(run_here(script, *options)))
-                script.DROPOUT_RATES = rates
-        ratio = f"{np.median(ratios):.2f}"
-        rows.append(result_row(f"`{script.__name__}.py`", finals, seconds, ratio))
-        rows.append(result_row("PyTorch, usual way", their_finals))
-    rows.append(result_row("stage 3 without dropout", without_dropout))
-    header = ["a whole run", "test accuracy, %", "each seed", "seconds", "ratio"]
-    bench.print_table(header, rows)
-
-    rows = []
-    for stage, step, article in ARTICLE:
-        mean = np.mean([curve[step] for curve in curves[stage]])
-        ahead = "yes" if mean > article else "no"
-        rows.append([stage, step, f"{mean:.2f}", article, ahead])
-    bench.print_table(["stage", "step", "mean", "article", "ahead"], rows)
-    draw(curves)
 
 
 if __name__ == "__main__":

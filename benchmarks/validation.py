@@ -14,30 +14,17 @@ GRID = {  # by stage: initial learning rates, and ratios of the final to the ini
     3: ([1e-3, 2e-3, 4e-3], [1 / 2000, 1 / 200, 1 / 20]),
 }
 
-
-def train(script, initial: float, decay: float, seed: int) -> float:
-    """Return the accuracy of a run, in percent."""
-    script.LEARNING_RATE_DECAY = decay
-    with contextlib.redirect_stdout(io.StringIO()):
-        _, accuracy = script.main([f"--seed={seed}", f"--learning-rate={initial}"])
-    return 100 * accuracy
-
-
-def main() -> None:
-    args = bench.parse_args(__doc__, seeds=5)
-    train_set, _, _ = load_mnist(args.data_dir)
-    split = train_set[:50_000], train_set[50_000:], "MNIST"
-    rows = []
-    for stage, grid in GRID.items():
-        script = bench.SCRIPTS[stage]
-        script.load_mnist = lambda data_dir: split
-        for initial, decay in product(*grid):
-            accuracies = [train(script, initial, decay, i) for i in range(args.seeds)]
-            result = f"{np.mean(accuracies):.2f} ± {np.std(accuracies, ddof=1):.2f}"
-            rows.append([stage, initial, f"{initial * decay:.2g}", result])
-    header = ["stage", "initial rate", "final rate", "validation accuracy, %"]
-    bench.print_table(header, rows)
-
-
-if __name__ == "__main__":
-    main()
+args = bench.parse_args(__doc__, seeds=5)
+train_set, _, _ = load_mnist(args.data_dir)
+for stage, grid in GRID.items():
+    script, rows = bench.SCRIPTS[stage], []
+    script.load_mnist = lambda _: (train_set[:50_000], train_set[50_000:], "MNIST")
+    for initial, decay in product(*grid):
+        script.LEARNING_RATE_DECAY, accuracies = decay, []
+        for seed in range(args.seeds):
+            with contextlib.redirect_stdout(io.StringIO()):
+                options = [f"--learning-rate={initial}", f"--seed={seed}"]
+                accuracies.append(100 * script.main(options)[1])
+        result = f"{np.mean(accuracies):.2f} ± {np.std(accuracies, ddof=1):.2f}"
+        rows.append([initial, f"{initial * decay:.2g}", result])
+    bench.print_table([f"stage {stage}, from", "to", "validation accuracy, %"], rows)
