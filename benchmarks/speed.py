@@ -28,7 +28,7 @@ from torchvision.transforms import ToTensor
 
 from common import NumpyLoader, load_mnist, numpy_collate
 
-IMAGES = 12_800  # of an epoch: whole numbers of batches of 32 and of 128
+IMAGES = 6_400  # of an epoch: whole numbers of batches of 32 and of 128
 TOTAL_STEPS = 10_000  # of the schedules; how long a step takes does not depend on it
 
 
@@ -99,12 +99,6 @@ def scan_recipe(loader: NumpyLoader) -> Iterator[None]:
     return epochs(stacks, state, lambda *args: script.train_steps(*args)[0])
 
 
-def one_tensor(tensors: TensorDataset, batch_size: int) -> Iterator[tuple]:
-    """Yield the shuffled batches of an epoch, indexed by hand."""
-    for indices in torch.randperm(IMAGES).reshape(-1, batch_size):
-        yield tensors[indices]
-
-
 def training(stage: int, train_set: list, usual_set: Dataset) -> dict[str, Iterator]:
     script = bench.SCRIPTS[stage]
     options = {"batch_size": script.BATCH_SIZE, "shuffle": True, "drop_last": True}
@@ -112,22 +106,27 @@ def training(stage: int, train_set: list, usual_set: Dataset) -> dict[str, Itera
     batches = list(loader)
     tensors = TensorDataset(*map(torch.from_numpy, numpy_collate(train_set)))
 
+    def one_tensor_batches():
+        for indices in torch.randperm(IMAGES).reshape(-1, script.BATCH_SIZE):
+            yield tensors[indices]
+
     def pytorch(make_batches, fused=None):
         step = make_step(stage, make_model(stage), TOTAL_STEPS, fused)
         return epochs(make_batches, None, step)
 
     candidates = {
         "the script": epochs(loader.__iter__, *start(stage, script)),
-        "like for like": pytorch(DataLoader(train_set, **options).__iter__),
-        "at its best": pytorch(lambda: one_tensor(tensors, script.BATCH_SIZE), True),
-        "usual way": pytorch(DataLoader(usual_set, **options).__iter__),
         "batches ready": epochs(batches.__iter__, *start(stage, script)),
         "one `lax.scan`": one_scan(stage, batches),
     }
     if stage == 2:
         candidates["`scan.diff`"] = scan_recipe(loader)
         candidates["`nnx.diff`"] = epochs(loader.__iter__, *start(2, recipe("nnx")))
-    return candidates
+    return candidates | {
+        "PyTorch, like for like": pytorch(DataLoader(train_set, **options).__iter__),
+        "PyTorch, at its best": pytorch(one_tensor_batches, fused=True),
+        "PyTorch, usual way": pytorch(DataLoader(usual_set, **options).__iter__),
+    }
 
 
 def loading(train_set: list, usual_set: Dataset) -> dict[str, Iterator]:
@@ -161,7 +160,7 @@ def compare(title: str, candidates: dict[str, Iterator], rounds: int) -> None:
 
 
 def main() -> None:
-    args = bench.parse_args(__doc__, rounds=12)
+    args = bench.parse_args(__doc__, rounds=24)
     train_set = load_mnist(args.data_dir)[0][:IMAGES]
     usual_set = Subset(MNIST(args.data_dir, transform=ToTensor()), range(IMAGES))
     for stage in bench.SCRIPTS:
