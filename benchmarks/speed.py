@@ -137,7 +137,7 @@ def loading(train_set: list, usual_set: Dataset) -> dict[str, Iterator]:
         "`NumpyLoader`": NumpyLoader(train_set, jax.random.key(0), **options),
         "`DataLoader`": DataLoader(train_set, **options),
         "Grain": shuffled.batch(32, drop_remainder=True).to_iter_dataset(no_threads),
-        "usual way": DataLoader(usual_set, **options),
+        "PyTorch, usual way": DataLoader(usual_set, **options),
     }
     return {name: epochs(loader.__iter__) for name, loader in loaders.items()}
 
